@@ -1,0 +1,72 @@
+"""Blocked forward: for each query block, an online softmax over the key blocks it can see.
+
+Tiles follow FlashAttention-2 (Dao, arXiv 2307.08691): queries outside, keys inside, one division at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jflash.xla import operands, tiles
+from jflash.xla.operands import Grouped
+from jflash.xla.scores import At, kept, product, scores
+from jflash.xla.tiles import Tile, take
+from pallas_kernels.problem import AttentionArrays, AttentionProblem
+
+
+def forward(p: AttentionProblem, a: AttentionArrays) -> tuple[jax.Array, jax.Array]:
+    """out [B, Sq, H, Dv] in the input dtype and lse [B, H, Sq] in float32 or wider."""
+    t = tiles.choose(p, block_q=512, block_k=512)
+    g = operands.group(p, t, a)
+    sinks = None if a.sinks is None else a.sinks.reshape(-1, p.Hk, p.group, 1)
+    b, h, qi = (x.ravel() for x in jnp.meshgrid(
+        jnp.arange(0, p.B, t.b), jnp.arange(0, p.Hk, t.h), jnp.arange(t.nq), indexing="ij"))
+    out, lse = lax.map(lambda task: _query_block(p, t, g, sinks, *task), (b, h, qi))
+    return _join(p, t, out, axis=1), _join(p, t, lse[..., None], axis=2)[..., 0]
+
+
+def _query_block(p: AttentionProblem, t: Tile, g: Grouped, sinks: jax.Array | None, b, h, qi):
+    """out [b, h, G, bq, Dv] and lse [b, h, G, bq] of one query block."""
+    q = take(g.q, (b, h, 0, qi * t.bq, 0), (t.b, t.h, None, t.bq, None))
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    row = (t.b, t.h, p.group, t.bq)
+    top, total = jnp.full(row, -jnp.inf, wide), jnp.zeros(row, wide)
+    if sinks is not None:
+        top = jnp.broadcast_to(take(sinks, (b, h, 0, 0), (t.b, t.h, None, None)).astype(wide), row)
+        total = jnp.ones(row, wide)
+    acc = jnp.zeros((*row, p.Dv), wide)
+    step = functools.partial(_step, p, t, g, q, At(b, h, qi, jnp.int32(0)))
+    acc, top, total = tiles.over_keys(p, t, qi, step, (acc, top, total))
+    some = total > 0
+    total = jnp.where(some, total, 1)
+    out = (acc / total[..., None]).astype(q.dtype)
+    return out, jnp.where(some, top + jnp.log(total), -jnp.inf)
+
+
+def _step(p: AttentionProblem, t: Tile, g: Grouped, q: jax.Array, at: At, ki, carry, masked: bool):
+    """Takes one key block into the running (acc, top, total)."""
+    acc, top, total = carry
+    at = at._replace(ki=ki)
+    corner, size = (at.b, at.h, 0, ki * t.bk, 0), (t.b, t.h, None, t.bk, None)
+    s, _ = scores(p, t, g, at, q, take(g.k, corner, size), masked)
+    new_top = jnp.maximum(top, s.max(axis=-1))
+    safe = jnp.where(new_top == -jnp.inf, 0, new_top)  # a row that has seen no key yet
+    weights = jnp.exp(s - safe[..., None])
+    fade = jnp.exp(top - safe)
+    total = total * fade + weights.sum(axis=-1)
+    if p.dropout_rate:
+        weights = jnp.where(kept(p, t, g, at), weights / (1 - p.dropout_rate), 0)
+    v = take(g.v, corner, size)
+    acc = acc * fade[..., None] + product("nhgqk,nhkv->nhgqv", weights.astype(v.dtype), v[:, :, 0])
+    return acc, new_top, total
+
+
+def _join(p: AttentionProblem, t: Tile, x: jax.Array, axis: int) -> jax.Array:
+    """Blocks [tasks, b, h, G, bq, D] -> [B, H, Sq, D] with the Sq axis moved to `axis`, padding cut off."""
+    x = x.reshape(p.B // t.b, p.Hk // t.h, t.nq, t.b, t.h, p.group, t.bq, -1)
+    x = x.transpose(0, 3, 1, 4, 5, 2, 6, 7).reshape(p.B, p.H, t.nq * t.bq, -1)
+    return jnp.moveaxis(x[:, :, : p.Sq], 2, axis)

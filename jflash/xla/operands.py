@@ -1,0 +1,74 @@
+"""The operands of a call as the blocked path wants them: five axes (B, Hk, G, then rows, then columns)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jflash.xla import tiles
+from jflash.xla.tiles import Tile
+from pallas_kernels.problem import AttentionArrays, AttentionProblem
+
+
+class Grouped(NamedTuple):
+    """Operands split in key/value heads and groups and padded to whole tiles; absent features are None."""
+
+    q: jax.Array  # [B, Hk, G, Sq, D]
+    k: jax.Array  # [B, Hk, 1, Sk, D]
+    v: jax.Array  # [B, Hk, 1, Sk, Dv]
+    bias: jax.Array | None  # [B|1, Hk|1, G|1, Sq|1, Sk|1]
+    mask: jax.Array | None
+    q_segment_ids: jax.Array | None  # [B|1, 1, 1, Sq, 1]
+    kv_segment_ids: jax.Array | None  # [B|1, 1, 1, 1, Sk]
+    alibi_slopes: jax.Array | None  # [B|1, Hk, G, 1, 1]
+    dropout_seeds: tuple[jax.Array, jax.Array] | None  # each [B, 1, 1, 1, 1]
+
+
+def group(p: AttentionProblem, t: Tile, a: AttentionArrays) -> Grouped:
+    seeds = None
+    if a.dropout_seeds is not None:
+        seeds = tuple(a.dropout_seeds[:, n, None, None, None, None] for n in range(2))
+    q_ids, kv_ids = a.q_segment_ids, a.kv_segment_ids
+    return Grouped(
+        q=rows(p, t, a.q),
+        k=columns(t, a.k),
+        v=columns(t, a.v),
+        bias=None if a.bias is None else square(p, t, a.bias),
+        mask=None if a.mask is None else square(p, t, a.mask),
+        q_segment_ids=None if q_ids is None else _pad(q_ids, 1, t.nq * t.bq)[:, None, None, :, None],
+        kv_segment_ids=None if kv_ids is None else _pad(kv_ids, 1, t.nk * t.bk)[:, None, None, None, :],
+        alibi_slopes=None if a.alibi_slopes is None else a.alibi_slopes.reshape(-1, p.Hk, p.group, 1, 1),
+        dropout_seeds=seeds,
+    )
+
+
+def rows(p: AttentionProblem, t: Tile, x: jax.Array) -> jax.Array:
+    """[B, Sq, H, D] of the queries -> [B, Hk, G, Sq padded, D]."""
+    x = jnp.moveaxis(x.reshape(p.B, p.Sq, p.Hk, p.group, -1), 1, 3)
+    return _pad(x, 3, t.nq * t.bq)
+
+
+def columns(t: Tile, x: jax.Array) -> jax.Array:
+    """[B, Sk, Hk, D] of the keys -> [B, Hk, 1, Sk padded, D]."""
+    return _pad(jnp.moveaxis(x, 1, 2)[:, :, None], 3, t.nk * t.bk)
+
+
+def statistic(p: AttentionProblem, t: Tile, x: jax.Array, value: float) -> jax.Array:
+    """[B, H, Sq] of the queries -> [B, Hk, G, Sq padded with a value]."""
+    return _pad(x.reshape(p.B, p.Hk, p.group, p.Sq), 3, t.nq * t.bq, value)
+
+
+def square(p: AttentionProblem, t: Tile, x: jax.Array) -> jax.Array:
+    """[B|1, H|1, Sq|1, Sk|1] -> [B|1, Hk|1, G|1, Sq|1, Sk|1], padded where it does not broadcast."""
+    heads = (p.Hk, p.group) if x.shape[1] == p.H else (1, 1)
+    x = x.reshape(x.shape[0], *heads, *x.shape[2:])
+    x = x if x.shape[3] == 1 else _pad(x, 3, t.nq * t.bq)
+    return x if x.shape[4] == 1 else _pad(x, 4, t.nk * t.bk)
+
+
+def _pad(x: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=value)

@@ -1,0 +1,99 @@
+"""How the blocked XLA path cuts a problem: sizes of a tile, slices of an operand, key blocks of a query block.
+
+Inside this package heads are split in (Hk, G), so every array has five axes, in the order [B, Hk, G, S, D]
+or [B, Hk, G, Sq, Sk], and an axis of size 1 broadcasts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.problem import AttentionProblem
+
+# Scores in flight: 8 MB stays in a CPU's cache; a GPU wants large matrix products.
+_SCORES_IN_FLIGHT = {"cpu": 2**21}
+_SCORES_IN_FLIGHT_ELSEWHERE = 2**26
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A tile takes b batches, h key/value heads with their groups, bq queries and bk keys at a time."""
+
+    b: int
+    h: int
+    bq: int
+    bk: int
+    nq: int  # query blocks
+    nk: int  # key blocks
+
+
+def choose(p: AttentionProblem, block_q: int, block_k: int) -> Tile:
+    """The tile nearest to the wanted block sizes whose scores fit the cache."""
+    budget = _SCORES_IN_FLIGHT.get(p.target, _SCORES_IN_FLIGHT_ELSEWHERE)
+    nk = math.ceil(p.Sk / block_k)
+    bk = _multiple_of_8(p.Sk / nk)
+    most = max(64, min(block_q, budget // (p.group * bk)))
+    nq = math.ceil(p.Sq / most)
+    bq = _multiple_of_8(p.Sq / nq)
+    heads = max(1, budget // (p.group * bq * bk))
+    h = _largest_divisor(p.Hk, heads)
+    b = _largest_divisor(p.B, heads // h) if h == p.Hk else 1
+    return Tile(b, h, bq, bk, nq, nk)
+
+
+def key_range(p: AttentionProblem, t: Tile, qi: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Key blocks of query block qi as lo <= full_lo <= full_hi <= hi: seen at all in [lo, hi), and seen by
+    every query, so that no positional mask is needed, in [full_lo, full_hi)."""
+    first, last = qi * t.bq + p.offset, qi * t.bq + t.bq - 1 + p.offset
+    lo = full_lo = jnp.int32(0)
+    hi, full_hi = jnp.int32(t.nk), jnp.int32(p.Sk // t.bk)
+    if p.left is not None:
+        lo = jnp.clip((first - p.left) // t.bk, 0, t.nk)
+        full_lo = jnp.clip(-((p.left - last) // t.bk), 0, t.nk)
+    if p.right is not None:
+        hi = jnp.clip((last + p.right) // t.bk + 1, 0, t.nk)
+        full_hi = jnp.clip(jnp.minimum(full_hi, (first + p.right + 1) // t.bk), 0, t.nk)
+    hi = jnp.maximum(lo, hi)
+    full_lo = jnp.clip(full_lo, lo, hi)
+    return lo, full_lo, jnp.clip(full_hi, full_lo, hi), hi
+
+
+def over_keys(p: AttentionProblem, t: Tile, qi: jax.Array, step, carry):
+    """Folds `step(ki, carry, masked)` over the key blocks of query block qi, masking only where needed."""
+    lo, full_lo, full_hi, hi = key_range(p, t, qi)
+    if p.left is not None:
+        carry = lax.fori_loop(lo, full_lo, lambda ki, c: step(ki, c, True), carry)
+    carry = lax.fori_loop(full_lo, full_hi, lambda ki, c: step(ki, c, False), carry)
+    if p.right is not None or p.Sk % t.bk:
+        carry = lax.fori_loop(full_hi, hi, lambda ki, c: step(ki, c, True), carry)
+    return carry
+
+
+def take(x: jax.Array, starts, sizes) -> jax.Array:
+    """The block of x at `starts`, of `sizes` where not None (the whole axis); an axis of size 1 broadcasts."""
+    sizes = [n if size is None or n == 1 else size for size, n in zip(sizes, x.shape, strict=True)]
+    return lax.dynamic_slice(x, _corner(x, starts), sizes)
+
+
+def add(x: jax.Array, block: jax.Array, starts, sizes) -> jax.Array:
+    """Adds a block into x where `take` would read it, summed over the axes on which x broadcasts."""
+    axes = tuple(axis for axis, n in enumerate(x.shape) if n == 1)
+    block = block.sum(axes, keepdims=True, dtype=x.dtype)
+    return lax.dynamic_update_slice(x, take(x, starts, sizes) + block, _corner(x, starts))
+
+
+def _corner(x: jax.Array, starts) -> list:
+    return [0 if n == 1 else start for start, n in zip(starts, x.shape, strict=True)]
+
+
+def _largest_divisor(n: int, most: int) -> int:
+    return next(d for d in range(min(n, max(most, 1)), 0, -1) if n % d == 0)
+
+
+def _multiple_of_8(x: float) -> int:
+    return 8 * math.ceil(x / 8)

@@ -1,0 +1,1 @@
+"""GPU kernels and nothing else: arrays and a frozen problem description in, arrays out."""
