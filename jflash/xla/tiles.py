@@ -10,9 +10,9 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.parts import ranges
 from pallas_kernels.problem import AttentionProblem
 
 # Scores in flight: 8 MB stays in a CPU's cache; a GPU wants large matrix products.
@@ -46,31 +46,14 @@ def choose(p: AttentionProblem, block_q: int, block_k: int) -> Tile:
     return Tile(b, h, bq, bk, nq, nk)
 
 
-def key_range(p: AttentionProblem, t: Tile, qi: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Key blocks of query block qi as lo <= full_lo <= full_hi <= hi: seen at all in [lo, hi), and seen by
-    every query, so that no positional mask is needed, in [full_lo, full_hi)."""
-    first, last = qi * t.bq + p.offset, qi * t.bq + t.bq - 1 + p.offset
-    lo = full_lo = jnp.int32(0)
-    hi, full_hi = jnp.int32(t.nk), jnp.int32(p.Sk // t.bk)
-    if p.left is not None:
-        lo = jnp.clip((first - p.left) // t.bk, 0, t.nk)
-        full_lo = jnp.clip(-((p.left - last) // t.bk), 0, t.nk)
-    if p.right is not None:
-        hi = jnp.clip((last + p.right) // t.bk + 1, 0, t.nk)
-        full_hi = jnp.clip(jnp.minimum(full_hi, (first + p.right + 1) // t.bk), 0, t.nk)
-    hi = jnp.maximum(lo, hi)
-    full_lo = jnp.clip(full_lo, lo, hi)
-    return lo, full_lo, jnp.clip(full_hi, full_lo, hi), hi
-
-
 def over_keys(p: AttentionProblem, t: Tile, qi: jax.Array, step, carry):
     """Folds `step(ki, carry, masked)` over the key blocks of query block qi, masking only where needed."""
-    lo, full_lo, full_hi, hi = key_range(p, t, qi)
+    r = ranges.key_blocks(p, qi * t.bq, t.bq, t.bk)
     if p.left is not None:
-        carry = lax.fori_loop(lo, full_lo, lambda ki, c: step(ki, c, True), carry)
-    carry = lax.fori_loop(full_lo, full_hi, lambda ki, c: step(ki, c, False), carry)
+        carry = lax.fori_loop(r.lo, r.full_lo, lambda ki, c: step(ki, c, True), carry)
+    carry = lax.fori_loop(r.full_lo, r.full_hi, lambda ki, c: step(ki, c, False), carry)
     if p.right is not None or p.Sk % t.bk:
-        carry = lax.fori_loop(full_hi, hi, lambda ki, c: step(ki, c, True), carry)
+        carry = lax.fori_loop(r.full_hi, r.hi, lambda ki, c: step(ki, c, True), carry)
     return carry
 
 

@@ -1,0 +1,69 @@
+"""Everything that drifts between JAX 0.10, 0.11 and 0.12, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# Set by tests: an InterpretGPUParams runs a kernel on the CPU, None compiles it.
+Interpret = Any
+
+
+def kernel(
+    body: Callable,
+    *,
+    name: str,
+    out_type: Any,
+    scratch: Sequence[Any],
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    warpgroups: int,
+    interpret: Interpret = None,
+) -> Callable:
+    """body(*inputs, *outputs, *scratch) as a function of the inputs; arrays made by `accumulator` are updated in place.
+
+    Wgmma, fences and barriers are placed by hand in these kernels, so automatic ones are off; the lowering
+    semantics are pinned because their default changed in 0.11.
+    """
+
+    def with_scratch(*refs):
+        pl.run_scoped(lambda *s: body(*refs, *s), *scratch, collective_axes="wg")
+
+    mesh = plgpu.Mesh(
+        grid=grid,
+        grid_names=grid_names,
+        cluster=(),
+        cluster_names=(),
+        num_threads=warpgroups,
+        thread_name="wg",
+    )
+    params = plgpu.CompilerParams(
+        approx_math=True,
+        unsafe_no_auto_barriers=True,
+        reduction_scratch_bytes=0,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+    )
+    return pl.kernel(
+        with_scratch,
+        out_type=out_type,
+        mesh=mesh,
+        compiler_params=params,
+        interpret=False if interpret is None else interpret,
+        name=name,
+    )
+
+
+def accumulator(x: jax.Array):
+    """A buffer that a kernel adds into; read it back with [...]. XLA copies x only if it is used elsewhere."""
+    return jax.new_ref(x, memory_space=plgpu.GMEM)
+
+
+def load(ref, layout):
+    """Reads a shared-memory ref into registers of a layout."""
+    if jax.__version_info__ < (0, 11):
+        return plgpu.load(ref, (), layout=layout)
+    return plgpu.load(ref, layout=layout)

@@ -1,0 +1,309 @@
+"""Forward: out = softmax(scale q k^T) v and lse, for every query row, in one pass over the keys.
+
+Who does what. A CTA takes 64 query rows of one head for each consumer warpgroup. One warp of the last
+warpgroup, the producer, copies Q once and then K and V block by block into rings of `stages` slots. A
+consumer overlaps its own work: while the tensor cores form P(j-1) V(j-1), it turns S(j) into P(j). Consumers
+also take turns at the tensor cores, so that one's softmax runs under another's products. (The two overlaps
+are those of Shah et al., FlashAttention-3, arXiv 2407.08608.)
+
+Keys are walked from the last block to the first. A block that the causal edge, a window or the end of the
+keys cuts takes a branch through the mask; any other jumps over it. (Three loops, one for each kind of block,
+made ptxas serialize the wgmmas: C7513.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _compat, tiles
+from pallas_kernels.parts import barriers, masking, ranges, schedule, softmax, tma
+from pallas_kernels.parts.ranges import Range
+from pallas_kernels.parts.schedule import Schedule, Work
+from pallas_kernels.parts.softmax import Softmax
+from pallas_kernels.problem import AttentionArrays, AttentionProblem
+from pallas_kernels.tiles import ForwardTile
+
+WGMMA = plgpu.Layout.WGMMA
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one launch."""
+
+    problem: AttentionProblem
+    tile: ForwardTile
+    schedule: Schedule
+    any_row: bool
+    interpret: _compat.Interpret
+
+    def tile_type(self, count: int, rows: int, columns: int) -> tma.TileType:
+        dtype = jnp.dtype(self.problem.dtype)
+        return tma.TileType(count, rows, tiles.padded(columns), dtype, self.any_row, self.interpret)
+
+
+class Refs(NamedTuple):
+    q_gmem: Any
+    k_gmem: Any
+    v_gmem: Any
+    out_gmem: Any
+    lse_gmem: Any
+    q_smem: Any
+    k_smem: Any
+    v_smem: Any
+    lse_smem: Any
+    q_full: Any
+    k_full: Any
+    v_full: Any
+    k_empty: Any
+    v_empty: Any
+    turn: Any = None
+
+
+def attention_forward(
+    p: AttentionProblem, a: AttentionArrays, *, interpret: _compat.Interpret = None
+) -> tuple[jax.Array, jax.Array]:
+    """out [B, Sq, H, Dv] in the input dtype and lse [B, H, Sq] in float32."""
+    plan = make_plan(p, interpret)
+    q = _at_least(a.q, plan.tile.rows)
+    k, v = (_at_least(x, plan.tile.block_kv) for x in (a.k, a.v))
+    lse_rows = plan.schedule.blocks * plan.tile.rows
+    kernel = _compat.kernel(
+        functools.partial(_kernel, plan),
+        name="attention_forward",
+        out_type=(
+            jax.ShapeDtypeStruct((p.B, q.shape[1], p.H, p.Dv), q.dtype),
+            jax.ShapeDtypeStruct((p.B, p.H, lse_rows), jnp.float32),
+        ),
+        scratch=_scratch(plan),
+        grid=plan.schedule.grid,
+        grid_names=("cta",),
+        warpgroups=plan.tile.warpgroups + 1,
+        interpret=interpret,
+    )
+    out, lse = kernel(q, k, v)
+    return out[:, : p.Sq], lse[:, :, : p.Sq]
+
+
+def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
+    tile = tiles.forward_tile(p)
+    bytes_per_group = 2 * p.Sk * (p.D + p.Dv)
+    order = Schedule(
+        batch=p.B,
+        heads=p.H,
+        blocks=-(-p.Sq // tile.rows),
+        section=schedule.section(p.B * p.H, p.group, bytes_per_group),
+        descending=p.right is not None,
+    )
+    ragged = any(n % 8 for n in (p.Sq, p.Sk)) or any(d % tma.CHUNK for d in (p.D, p.Dv))
+    return Plan(p, tile, order, ragged, interpret)
+
+
+def _scratch(plan: Plan) -> list:
+    p, t = plan.problem, plan.tile
+    q, k, v = _tile_types(plan)
+    return [
+        q.scratch,
+        k.scratch,
+        v.scratch,
+        plgpu.SMEM((t.warpgroups, 64), jnp.float32),
+        plgpu.Barrier(num_arrivals=t.warpgroups * q.chunks),
+        plgpu.Barrier(num_arrivals=k.chunks, num_barriers=t.stages),
+        plgpu.Barrier(num_arrivals=v.chunks, num_barriers=t.stages),
+        plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
+        plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
+        *barriers.turn_scratch(t.warpgroups, plan.interpret),
+    ]
+
+
+def _tile_types(plan: Plan) -> tuple[tma.TileType, tma.TileType, tma.TileType]:
+    p, t = plan.problem, plan.tile
+    return (
+        plan.tile_type(t.warpgroups, 64, p.D),
+        plan.tile_type(t.stages, t.block_kv, p.D),
+        plan.tile_type(t.stages, t.block_kv, p.Dv),
+    )
+
+
+def _kernel(plan: Plan, *refs) -> None:
+    refs = Refs(*refs)
+    views = (t.view(r) for t, r in zip(_tile_types(plan), (refs.q_smem, refs.k_smem, refs.v_smem), strict=True))
+    refs = refs._replace(**dict(zip(("q_smem", "k_smem", "v_smem"), views, strict=True)))
+    work = plan.schedule.work(lax.axis_index("cta"))
+    keys = ranges.key_blocks(plan.problem, work.block * plan.tile.rows, plan.tile.rows, plan.tile.block_kv)
+    wg = lax.axis_index("wg")
+    consume = functools.partial(_consumer, plan, refs, work, keys, wg)
+    produce = functools.partial(_producer, plan, refs, work, keys)
+    lax.cond(wg < plan.tile.warpgroups, consume, produce)
+
+
+def _steps(keys: Range) -> jax.Array:
+    """Key blocks to take: at least one, wholly masked if need be, so that no role has an empty case."""
+    return jnp.maximum(keys.hi - keys.lo, 1)
+
+
+def _block(plan: Plan, keys: Range, step: jax.Array) -> jax.Array:
+    """The key block of a step, last first."""
+    blocks = -(-plan.problem.Sk // plan.tile.block_kv)
+    return jnp.clip(keys.hi - 1 - step, 0, blocks - 1)
+
+
+def _cut(plan: Plan, keys: Range, block: jax.Array) -> jax.Array | None:
+    """Whether an edge cuts the block, so that it needs a mask; None if none ever does."""
+    p = plan.problem
+    if p.left is None and p.right is None and p.Sk % plan.tile.block_kv == 0:
+        return None
+    return (block < keys.full_lo) | (block >= keys.full_hi)
+
+
+def _producer(plan: Plan, refs: Refs, work: Work, keys: Range) -> None:
+    plgpu.set_max_registers(plan.tile.producer_registers, action="decrease")
+    kv_head = lax.div(work.h, jnp.int32(plan.problem.group))
+
+    def load_block(step, _):
+        slot = lax.rem(step, plan.tile.stages)
+        row = _block(plan, keys, step) * plan.tile.block_kv
+        again = step >= plan.tile.stages
+
+        @pl.when(again)
+        def _():
+            plgpu.barrier_wait(refs.k_empty.at[slot])
+
+        refs.k_smem.load(refs.k_gmem, work.b, row, kv_head, slot, refs.k_full.at[slot])
+
+        @pl.when(again)
+        def _():
+            plgpu.barrier_wait(refs.v_empty.at[slot])
+
+        refs.v_smem.load(refs.v_gmem, work.b, row, kv_head, slot, refs.v_full.at[slot])
+
+    def role():
+        for w in range(plan.tile.warpgroups):
+            row = work.block * plan.tile.rows + w * 64
+            refs.q_smem.load(refs.q_gmem, work.b, row, work.h, w, refs.q_full)
+        lax.fori_loop(0, _steps(keys), load_block, None)
+
+    barriers.in_one_warp(role, plan.interpret)
+
+
+def _consumer(plan: Plan, refs: Refs, work: Work, keys: Range, wg: jax.Array) -> None:
+    p, t = plan.problem, plan.tile
+    plgpu.set_max_registers(t.registers, action="increase")
+    pl.when(wg == 0)(lambda: barriers.give_turn(refs.turn, 0, t.warpgroups, plan.interpret))
+    first_row = work.block * t.rows + wg * 64
+    plgpu.barrier_wait(refs.q_full)
+    carry = _first(plan, refs, keys, first_row, wg)
+    step = functools.partial(_step, plan, refs, keys, first_row, wg)
+    carry = lax.fori_loop(1, _steps(keys), step, carry)
+    acc, state = _last(plan, refs, _steps(keys), carry)
+    _epilogue(plan, refs, work, wg, acc, state)
+
+
+class Carry(NamedTuple):
+    """Between steps: P of the last block waits for its V."""
+
+    acc: jax.Array  # [64, Dv]
+    weights: jax.Array  # [64, block_kv] in the input dtype
+    state: Softmax
+
+
+def _first(plan: Plan, refs: Refs, keys: Range, first_row, wg) -> Carry:
+    """S and P of the first block; it is the one that can be cut by the edges."""
+    p, t = plan.problem, plan.tile
+
+    def product(s_acc):
+        tma.scores_product(s_acc, refs.q_smem, wg, refs.k_smem, 0)
+        return s_acc[...]
+
+    plgpu.barrier_wait(refs.k_full.at[0])
+    s = pl.run_scoped(product, plgpu.ACC((64, t.block_kv), jnp.float32))
+    plgpu.barrier_arrive(refs.k_empty.at[0])
+    block = _block(plan, keys, 0)
+    state, weights, _ = _softmax(plan, softmax.start(64), s, first_row, block, _cut(plan, keys, block))
+    acc = plgpu.layout_cast(jnp.zeros((64, tiles.padded(p.Dv)), jnp.float32), WGMMA)
+    return Carry(acc, weights, state)
+
+
+def _step(plan: Plan, refs: Refs, keys: Range, first_row, wg, step, carry: Carry) -> Carry:
+    """S(step) and P(step-1) V(step-1) on the tensor cores; P(step) while the second still runs."""
+    t = plan.tile
+    k_slot, v_slot = lax.rem(step, t.stages), lax.rem(step - 1, t.stages)
+    plgpu.barrier_wait(refs.k_full.at[k_slot])
+    barriers.take_turn(refs.turn, wg, t.warpgroups, plan.interpret)
+
+    def overlapped(s_acc, o_acc):
+        o_acc[...] = carry.acc
+        tma.scores_product(s_acc, refs.q_smem, wg, refs.k_smem, k_slot)
+        plgpu.barrier_wait(refs.v_full.at[v_slot])
+        running = tma.values_product(o_acc, carry.weights, refs.v_smem, v_slot)
+        barriers.give_turn(refs.turn, barriers.next_in_turn(wg, t.warpgroups), t.warpgroups, plan.interpret)
+        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
+        plgpu.barrier_arrive(refs.k_empty.at[k_slot])
+        block = _block(plan, keys, step)
+        state, weights, fade = _softmax(plan, carry.state, s, first_row, block, _cut(plan, keys, block))
+        acc = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
+        plgpu.barrier_arrive(refs.v_empty.at[v_slot])
+        return Carry(acc * softmax.over_columns(fade, acc.shape), weights, state)
+
+    return pl.run_scoped(
+        overlapped, plgpu.ACC((64, t.block_kv), jnp.float32), plgpu.ACC(carry.acc.shape, jnp.float32)
+    )
+
+
+def _last(plan: Plan, refs: Refs, steps, carry: Carry) -> tuple[jax.Array, Softmax]:
+    """The product that is still owed."""
+    slot = lax.rem(steps - 1, plan.tile.stages)
+    plgpu.barrier_wait(refs.v_full.at[slot])
+
+    def product(o_acc):
+        o_acc[...] = carry.acc
+        tma.values_product(o_acc, carry.weights, refs.v_smem, slot)
+        return o_acc[...]
+
+    acc = pl.run_scoped(product, plgpu.ACC(carry.acc.shape, jnp.float32))
+    plgpu.barrier_arrive(refs.v_empty.at[slot])
+    return acc, carry.state
+
+
+def _softmax(plan: Plan, state: Softmax, s, first_row, block, cut):
+    """Takes a tile of scores into the running softmax, hiding what its edges cut off if `cut`."""
+    p = plan.problem
+    if cut is not None:
+        s = lax.cond(cut, functools.partial(_hide, plan, first_row, block), lambda s: s, s)
+    state, weights, fade = softmax.step(state, s, p.scale * softmax.LOG2E, guarded=cut is not None)
+    return state, weights.astype(p.dtype), fade
+
+
+def _hide(plan: Plan, first_row, block, s) -> jax.Array:
+    p = plan.problem
+    row = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=softmax.ROWS)
+    here = row + (first_row + p.offset - block * plan.tile.block_kv)  # the query's own position, as a column
+    last = p.Sk - 1 - block * plan.tile.block_kv
+    high = jnp.minimum(here + p.right, last) if p.right is not None else softmax.row_values(last, 64, jnp.int32)
+    return masking.hide_columns(s, None if p.left is None else here - p.left, high, plan.interpret)
+
+
+def _epilogue(plan: Plan, refs: Refs, work: Work, wg, acc, state: Softmax) -> None:
+    """Divides, and writes out through the query tile's memory, which nobody reads any more."""
+    inverse, lse = softmax.finish(state)
+    out = acc * softmax.over_columns(inverse, acc.shape)
+    out_smem = dataclasses.replace(refs.q_smem, type=plan.tile_type(plan.tile.warpgroups, 64, plan.problem.Dv))
+    out_smem.write(wg, out.astype(plan.problem.dtype))
+    refs.lse_smem[wg] = lse
+    plgpu.commit_smem()
+    row = work.block * plan.tile.rows + wg * 64
+    out_smem.store(refs.out_gmem, work.b, row, work.h, wg)
+    plgpu.copy_smem_to_gmem(refs.lse_smem.at[wg], refs.lse_gmem.at[work.b, work.h, pl.ds(row, 64)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _at_least(x: jax.Array, rows: int) -> jax.Array:
+    """x [B, S, H, D] with at least as many rows as a tile: TMA boxes may not be longer than the tensor."""
+    return jnp.pad(x, ((0, 0), (0, max(0, rows - x.shape[1])), (0, 0), (0, 0)))

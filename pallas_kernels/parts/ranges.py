@@ -1,0 +1,65 @@
+"""Which tiles of the score matrix a causal or windowed call visits, and which of them need no mask.
+
+All four functions of position are monotone, so a range has the shape lo <= full_lo <= full_hi <= hi: tiles in
+[lo, hi) hold something visible, tiles in [full_lo, full_hi) hold nothing hidden.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.problem import AttentionProblem
+
+
+class Range(NamedTuple):
+    lo: jax.Array
+    full_lo: jax.Array
+    full_hi: jax.Array
+    hi: jax.Array
+
+
+def key_blocks(p: AttentionProblem, first: jax.Array, rows: int, block: int) -> Range:
+    """Key blocks for the query rows [first, first + rows)."""
+    first = first + p.offset
+    last = first + rows - 1
+    lo = full_lo = None
+    hi, full_hi = None, p.Sk // block
+    if p.left is not None:
+        lo = _floor(first - p.left, block)
+        full_lo = _floor(last - p.left + block - 1, block)
+    if p.right is not None:
+        hi = _floor(last + p.right + block, block)
+        full_hi = jnp.minimum(full_hi, _floor(first + p.right + 1, block))
+    return _ordered(lo, full_lo, full_hi, hi, -(-p.Sk // block))
+
+
+def query_blocks(p: AttentionProblem, first: jax.Array, columns: int, block: int) -> Range:
+    """Query blocks for the key columns [first, first + columns)."""
+    first = first - p.offset
+    last = first + columns - 1
+    lo = full_lo = None
+    hi, full_hi = None, -(-p.Sq // block)
+    if p.right is not None:
+        lo = _floor(first - p.right, block)
+        full_lo = _floor(last - p.right + block - 1, block)
+    if p.left is not None:
+        hi = _floor(last + p.left + block, block)
+        full_hi = jnp.minimum(full_hi, _floor(first + p.left + 1, block))
+    return _ordered(lo, full_lo, full_hi, hi, -(-p.Sq // block))
+
+
+def _ordered(lo, full_lo, full_hi, hi, blocks: int) -> Range:
+    """Clips to [0, blocks] and makes the four bounds monotone; None is open."""
+    lo = jnp.int32(0) if lo is None else jnp.minimum(lo, blocks)
+    hi = jnp.int32(blocks) if hi is None else jnp.maximum(lo, jnp.minimum(hi, blocks))
+    full_lo = lo if full_lo is None else jnp.clip(full_lo, lo, hi)
+    return Range(lo, full_lo, jnp.clip(full_hi, full_lo, hi), hi)
+
+
+def _floor(x: jax.Array, block: int) -> jax.Array:
+    """max(0, floor(x / block)), without the signed-division code a kernel would carry."""
+    return lax.div(jnp.maximum(x, 0), jnp.int32(block))

@@ -1,0 +1,38 @@
+"""One table: head dim, mask and direction -> tile. The TF/s beside a row are what it measured, and where."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pallas_kernels.problem import AttentionProblem
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardTile:
+    """64 query rows for each of `warpgroups`, block_kv keys a step, `stages` steps loaded ahead."""
+
+    block_kv: int
+    warpgroups: int = 2
+    stages: int = 2
+    registers: int = 240  # of a consumer
+    producer_registers: int = 24
+    spill_bytes: int = 0  # what ptxas may spill; the compile test fails above it
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.warpgroups
+
+
+FORWARD = {
+    64: ForwardTile(block_kv=128, warpgroups=3, registers=160, producer_registers=32),
+    128: ForwardTile(block_kv=128),
+}
+
+
+def padded(head_dim: int) -> int:
+    """The head dim the kernels compute with."""
+    return 64 * -(-head_dim // 64)
+
+
+def forward_tile(p: AttentionProblem) -> ForwardTile:
+    return FORWARD[max(padded(p.D), padded(p.Dv))]
