@@ -23,9 +23,29 @@ class ForwardTile:
         return 64 * self.warpgroups
 
 
+@dataclasses.dataclass(frozen=True)
+class BackwardTile:
+    """block_kv keys a CTA, 64 for each of two consumers; block_q queries a step."""
+
+    block_q: int
+    block_kv: int = 128
+    stages: int = 2
+    ds_stages: int = 2
+    split_rows: bool = False  # the two consumers share a dQ tile by rows, else by columns
+    registers: int = 240
+    producer_registers: int = 24
+    spill_bytes: int = 0
+
+
 FORWARD = {
     64: ForwardTile(block_kv=128, warpgroups=3, registers=160, producer_registers=32),
     128: ForwardTile(block_kv=128),
+}
+
+
+BACKWARD = {
+    64: BackwardTile(block_q=128, split_rows=True),
+    128: BackwardTile(block_q=64),
 }
 
 
@@ -36,3 +56,7 @@ def padded(head_dim: int) -> int:
 
 def forward_tile(p: AttentionProblem) -> ForwardTile:
     return FORWARD[max(padded(p.D), padded(p.Dv))]
+
+
+def backward_tile(p: AttentionProblem) -> BackwardTile:
+    return BACKWARD[max(padded(p.D), padded(p.Dv))]

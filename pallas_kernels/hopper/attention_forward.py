@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
 from pallas_kernels.parts import barriers, masking, ranges, schedule, softmax, tma
+from pallas_kernels.parts.barriers import NamedBarrier
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Schedule, Work
 from pallas_kernels.parts.softmax import Softmax
@@ -43,6 +44,15 @@ class Plan:
     schedule: Schedule
     any_row: bool
     interpret: _compat.Interpret
+
+    @property
+    def turn(self) -> NamedBarrier:
+        """Whose turn at the tensor cores it is: one barrier a consumer, between it and the one before it."""
+        return NamedBarrier(index=0, threads=256, count=self.tile.warpgroups, interpret=self.interpret)
+
+    @property
+    def takes_turns(self) -> bool:
+        return self.tile.warpgroups > 1
 
     def tile_type(self, count: int, rows: int, columns: int) -> tma.TileType:
         dtype = jnp.dtype(self.problem.dtype)
@@ -64,7 +74,7 @@ class Refs(NamedTuple):
     v_full: Any
     k_empty: Any
     v_empty: Any
-    turn: Any = None
+    turn: Any
 
 
 def attention_forward(
@@ -72,8 +82,8 @@ def attention_forward(
 ) -> tuple[jax.Array, jax.Array]:
     """out [B, Sq, H, Dv] in the input dtype and lse [B, H, Sq] in float32."""
     plan = make_plan(p, interpret)
-    q = _at_least(a.q, plan.tile.rows)
-    k, v = (_at_least(x, plan.tile.block_kv) for x in (a.k, a.v))
+    q = tma.at_least(a.q, plan.tile.rows)
+    k, v = (tma.at_least(x, plan.tile.block_kv) for x in (a.k, a.v))
     lse_rows = plan.schedule.blocks * plan.tile.rows
     kernel = _compat.kernel(
         functools.partial(_kernel, plan),
@@ -85,7 +95,7 @@ def attention_forward(
         scratch=_scratch(plan),
         grid=plan.schedule.grid,
         grid_names=("cta",),
-        warpgroups=plan.tile.warpgroups + 1,
+        warpgroups=barriers.warpgroups(plan.tile.warpgroups, 1, interpret),
         interpret=interpret,
     )
     out, lse = kernel(q, k, v)
@@ -102,8 +112,7 @@ def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
         section=schedule.section(p.B * p.H, p.group, bytes_per_group),
         descending=p.right is not None,
     )
-    ragged = any(n % 8 for n in (p.Sq, p.Sk)) or any(d % tma.CHUNK for d in (p.D, p.Dv))
-    return Plan(p, tile, order, ragged, interpret)
+    return Plan(p, tile, order, tma.is_ragged(p), interpret)
 
 
 def _scratch(plan: Plan) -> list:
@@ -119,7 +128,7 @@ def _scratch(plan: Plan) -> list:
         plgpu.Barrier(num_arrivals=v.chunks, num_barriers=t.stages),
         plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
         plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
-        *barriers.turn_scratch(t.warpgroups, plan.interpret),
+        plan.turn.scratch,
     ]
 
 
@@ -190,13 +199,14 @@ def _producer(plan: Plan, refs: Refs, work: Work, keys: Range) -> None:
             refs.q_smem.load(refs.q_gmem, work.b, row, work.h, w, refs.q_full)
         lax.fori_loop(0, _steps(keys), load_block, None)
 
-    barriers.in_one_warp(role, plan.interpret)
+    barriers.in_warps([role], 0, plan.interpret)
 
 
 def _consumer(plan: Plan, refs: Refs, work: Work, keys: Range, wg: jax.Array) -> None:
     p, t = plan.problem, plan.tile
     plgpu.set_max_registers(t.registers, action="increase")
-    pl.when(wg == 0)(lambda: barriers.give_turn(refs.turn, 0, t.warpgroups, plan.interpret))
+    if plan.takes_turns:
+        pl.when(wg == 0)(lambda: plan.turn.arrive(refs.turn, 0))
     first_row = work.block * t.rows + wg * 64
     plgpu.barrier_wait(refs.q_full)
     carry = _first(plan, refs, keys, first_row, wg)
@@ -219,7 +229,7 @@ def _first(plan: Plan, refs: Refs, keys: Range, first_row, wg) -> Carry:
     p, t = plan.problem, plan.tile
 
     def product(s_acc):
-        tma.scores_product(s_acc, refs.q_smem, wg, refs.k_smem, 0)
+        tma.transposed_product(s_acc, refs.q_smem, wg, refs.k_smem, 0)
         return s_acc[...]
 
     plgpu.barrier_wait(refs.k_full.at[0])
@@ -236,14 +246,16 @@ def _step(plan: Plan, refs: Refs, keys: Range, first_row, wg, step, carry: Carry
     t = plan.tile
     k_slot, v_slot = lax.rem(step, t.stages), lax.rem(step - 1, t.stages)
     plgpu.barrier_wait(refs.k_full.at[k_slot])
-    barriers.take_turn(refs.turn, wg, t.warpgroups, plan.interpret)
+    if plan.takes_turns:
+        plan.turn.wait(refs.turn, wg)
 
     def overlapped(s_acc, o_acc):
         o_acc[...] = carry.acc
-        tma.scores_product(s_acc, refs.q_smem, wg, refs.k_smem, k_slot)
+        tma.transposed_product(s_acc, refs.q_smem, wg, refs.k_smem, k_slot)
         plgpu.barrier_wait(refs.v_full.at[v_slot])
-        running = tma.values_product(o_acc, carry.weights, refs.v_smem, v_slot)
-        barriers.give_turn(refs.turn, barriers.next_in_turn(wg, t.warpgroups), t.warpgroups, plan.interpret)
+        running = tma.product(o_acc, carry.weights, refs.v_smem, v_slot)
+        if plan.takes_turns:
+            plan.turn.arrive(refs.turn, barriers.following(wg, t.warpgroups))
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
         plgpu.barrier_arrive(refs.k_empty.at[k_slot])
         block = _block(plan, keys, step)
@@ -264,7 +276,7 @@ def _last(plan: Plan, refs: Refs, steps, carry: Carry) -> tuple[jax.Array, Softm
 
     def product(o_acc):
         o_acc[...] = carry.acc
-        tma.values_product(o_acc, carry.weights, refs.v_smem, slot)
+        tma.product(o_acc, carry.weights, refs.v_smem, slot)
         return o_acc[...]
 
     acc = pl.run_scoped(product, plgpu.ACC(carry.acc.shape, jnp.float32))
@@ -302,8 +314,3 @@ def _epilogue(plan: Plan, refs: Refs, work: Work, wg, acc, state: Softmax) -> No
     out_smem.store(refs.out_gmem, work.b, row, work.h, wg)
     plgpu.copy_smem_to_gmem(refs.lse_smem.at[wg], refs.lse_gmem.at[work.b, work.h, pl.ds(row, 64)])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _at_least(x: jax.Array, rows: int) -> jax.Array:
-    """x [B, S, H, D] with at least as many rows as a tile: TMA boxes may not be longer than the tensor."""
-    return jnp.pad(x, ((0, 0), (0, max(0, rows - x.shape[1])), (0, 0), (0, 0)))

@@ -1,11 +1,12 @@
-"""Named barriers, fences and warp roles: what Mosaic GPU reaches only through PTX.
+"""Named barriers and warp roles: what Mosaic GPU reaches only through PTX.
 
 Each has a second form that the CPU interpreter understands, so that a kernel is written once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 from jax import lax
 from jax.experimental import pallas as pl
@@ -18,72 +19,99 @@ from pallas_kernels._compat import Interpret
 _FIRST_ID = 4  # Mosaic GPU uses the low ones itself; a CTA has 16
 
 
-def sync(barrier: int, threads: int) -> None:
-    """Waits until `threads` threads have reached the named barrier, by sync or by arrive."""
-    _bar("sync", _FIRST_ID + barrier, threads)
+@dataclasses.dataclass(frozen=True)
+class NamedBarrier:
+    """`count` hardware barriers from `index` on, each complete when `threads` threads have reached it.
+
+    `ref` is the scratch: the interpreter waits on it, the GPU on the named barrier.
+    """
+
+    index: int
+    threads: int
+    count: int = 1
+    meeting: int = 1  # warpgroups that `meet`
+    interpret: Interpret = None
+
+    @property
+    def scratch(self):
+        return plgpu.Barrier(num_arrivals=self.meeting, num_barriers=self.count)
+
+    def wait(self, ref, n=0) -> None:
+        """Reaches barrier n and waits until it is complete."""
+        if self.interpret is not None:
+            plgpu.barrier_wait(ref.at[n])
+        else:
+            _bar("sync", _FIRST_ID + self.index + n, self.threads)
+
+    def arrive(self, ref, n=0) -> None:
+        """Reaches barrier n without waiting."""
+        if self.interpret is not None:
+            plgpu.barrier_arrive(ref.at[n])
+        else:
+            _bar("arrive", _FIRST_ID + self.index + n, self.threads)
+
+    def meet(self, ref) -> None:
+        """All `meeting` warpgroups wait for each other."""
+        if self.interpret is not None:
+            plgpu.barrier_arrive(ref.at[0])
+        self.wait(ref)
 
 
-def arrive(barrier: int, threads: int) -> None:
-    """Counts as having reached the named barrier, without waiting."""
-    _bar("arrive", _FIRST_ID + barrier, threads)
+def warpgroups(consumers: int, roles: int, interpret: Interpret) -> int:
+    """Warpgroups to launch: roles share one, but the interpreter has no warps and gives each its own."""
+    return consumers + (roles if interpret is not None else 1)
 
 
-def take_turn(turn, wg, count: int, interpret: Interpret) -> None:
-    """Waits for this warpgroup's turn. Turns go round `count` warpgroups, each given by `give_turn`."""
-    if count == 1:
-        return
+def in_warps(roles: Sequence[Callable[[], None]], index, interpret: Interpret) -> None:
+    """Runs roles of copies, barriers and scalars side by side, one warp each.
+
+    `index` counts the warpgroups that are not consumers; on the GPU there is one.
+    """
     if interpret is not None:
-        plgpu.barrier_wait(turn.at[wg])
-    else:
-        sync(wg, 256)
-
-
-def give_turn(turn, wg, count: int, interpret: Interpret) -> None:
-    """Gives the turn to warpgroup `wg`."""
-    if count == 1:
-        return
-    if interpret is not None:
-        plgpu.barrier_arrive(turn.at[wg])
-    else:
-        arrive(wg, 256)
-
-
-def turn_scratch(count: int, interpret: Interpret) -> list:
-    """Scratch for `take_turn`: none on the GPU, where the barriers are named."""
-    return [plgpu.Barrier(num_barriers=count)] if interpret is not None and count > 1 else []
-
-
-def in_one_warp(role: Callable[[], None], interpret: Interpret) -> None:
-    """Runs a role of copies, barriers and scalars in the first warp of this warpgroup."""
-    if interpret is not None:
-        role()
+        for n, role in enumerate(roles):
+            pl.when(index == n)(role)
         return
 
     @plgpu.warp_map
     def _(warp):
-        pl.when(warp == 0)(role)
+        for n, role in enumerate(roles):
+            pl.when(warp == n)(role)
+
+
+def fence(interpret: Interpret) -> None:
+    """Orders this thread's accesses to shared memory before later ones by TMA or wgmma that a barrier admits."""
+    if interpret is not None:
+        plgpu.commit_smem()
+        return
+
+    @plgpu.inline_mgpu()
+    def proxy(_):
+        _asm([], "fence.proxy.async.shared::cta;", "")
+
+    proxy()
+
+
+def following(wg, count: int):
+    """The warpgroup after wg, in a circle."""
+    return lax.rem(wg + 1, count)
 
 
 def _bar(op: str, barrier, threads: int) -> None:
-    void = "!llvm.void"
     if isinstance(barrier, int):
 
         @plgpu.inline_mgpu()
         def fixed(_):
-            text = f"bar.{op} {barrier}, {threads};"
-            llvm.inline_asm(ir.Type.parse(void), [], text, "", has_side_effects=True)
+            _asm([], f"bar.{op} {barrier}, {threads};", "")
 
         fixed()
     else:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
         def dynamic(_, index):
-            text = f"bar.{op} $0, {threads};"
-            llvm.inline_asm(ir.Type.parse(void), [index.registers[()]], text, "r", has_side_effects=True)
+            _asm([index.registers[()]], f"bar.{op} $0, {threads};", "r")
 
         dynamic(barrier)
 
 
-def next_in_turn(wg, count: int):
-    """The warpgroup after wg."""
-    return lax.rem(wg + 1, count)
+def _asm(operands, text: str, constraints: str) -> None:
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints, has_side_effects=True)

@@ -12,16 +12,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import Interpret
+from pallas_kernels.problem import AttentionProblem
 
 CHUNK = 64  # columns of 16 bits in a 128-byte swizzle
 _SWIZZLE = (plgpu.SwizzleTransform(128),)
-_TILED = (plgpu.TilingTransform((8, CHUNK)), *_SWIZZLE)
+TILED = (plgpu.TilingTransform((8, CHUNK)), *_SWIZZLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class TileType:
 
     @property
     def scratch(self):
-        tiled = plgpu.SMEM(self.shape, self.dtype, transforms=_TILED)
+        tiled = plgpu.SMEM(self.shape, self.dtype, transforms=TILED)
         if not self.any_row or self.interpret is not None:  # the interpreter has one layout
             return tiled
         return plgpu.RefUnion(plgpu.SMEM(self.shape, self.dtype, transforms=_SWIZZLE), tiled)
@@ -70,38 +72,63 @@ class Tiles:
             part = source.at[index, pl.ds(row, self.type.rows), head, self._columns(c)]
             plgpu.copy_gmem_to_smem(part, self.copied.at[n, c], barrier)
 
-    def store(self, target, index, row, head, n) -> None:
-        """Starts writing tile n to rows from `row` of target[index, :, head]; what lies outside is clipped."""
-        for c in range(self.type.chunks):
-            part = target.at[index, pl.ds(row, self.type.rows), head, self._columns(c)]
-            plgpu.copy_smem_to_gmem(self.copied.at[n, c], part)
+    def store(self, target, index, row, head, n, rows=None) -> None:
+        """Starts writing tile n, or some rows of it, to rows from `row` of target[index, :, head].
 
-    def write(self, n, value) -> None:
-        """Registers -> tile n."""
-        width = self.type.columns // self.type.chunks
+        What lies outside the tensor is clipped.
+        """
+        rows = pl.ds(0, self.type.rows) if rows is None else rows
         for c in range(self.type.chunks):
-            self.multiplied[n, c] = value[:, c * width : (c + 1) * width] if self.type.chunks > 1 else value
+            part = target.at[index, pl.ds(row, rows.size), head, self._columns(c)]
+            plgpu.copy_smem_to_gmem(self.copied.at[n, c, rows], part)
+
+    def write(self, n, value, rows=None) -> None:
+        """Registers -> tile n, or some rows of it."""
+        rows = pl.ds(0, self.type.rows) if rows is None else rows
+        for c in range(self.type.chunks):
+            part = value if self.type.chunks == 1 else value[:, c * self.width : (c + 1) * self.width]
+            self.multiplied[n, c, rows] = part
+
+    def columns(self, n, start, width: int):
+        """The view, for wgmma, of some columns of tile n."""
+        if self.type.chunks == 1:
+            return self.multiplied.at[n, 0, :, pl.ds(start, width)]
+        assert width == CHUNK, f"{width} columns of a tile cut into chunks of {CHUNK}"
+        return self.multiplied.at[n, start if isinstance(start, int) else lax.div(start, CHUNK)]
+
+    @property
+    def width(self) -> int:
+        """Columns of a chunk."""
+        return self.type.columns // self.type.chunks
 
     def _columns(self, c: int):
-        width = self.type.columns // self.type.chunks
+        if not self.type.any_row:
+            return pl.ds(0, self.width)
         # A start that is not a constant: the last chunk may reach past the tensor, where TMA reads zeros.
-        return pl.ds(lax.axis_index("wg") * 0 + c * width, width) if self.type.any_row else pl.ds(0, width)
+        return pl.ds(lax.axis_index("wg") * 0 + c * self.width, self.width)
 
 
-def scores_product(acc, q: Tiles, m, k: Tiles, n) -> None:
-    """acc += q[m] k[n]^T, by wgmma."""
-    for c in range(k.type.chunks):
-        plgpu.wgmma(acc, q.multiplied.at[m, c], k.multiplied.at[n, c].transpose((1, 0)))
+def transposed_product(acc, x: Tiles, m, y: Tiles, n, rows=None) -> int:
+    """acc += x[m] y[n]^T, or some rows of x[m], by wgmma; returns how many wgmma groups it started."""
+    for c in range(y.type.chunks):
+        left = x.multiplied.at[m, c] if rows is None else x.multiplied.at[m, c, rows]
+        plgpu.wgmma(acc, left, y.multiplied.at[n, c].transpose((1, 0)))
+    return y.type.chunks
 
 
-def values_product(acc, weights, v: Tiles, n) -> int:
-    """acc += weights v[n], by wgmma with weights in registers; returns how many wgmma groups it started."""
-    width = v.type.columns // v.type.chunks
-    for c in range(v.type.chunks):
-        columns = acc if v.type.chunks == 1 else acc.at[:, pl.ds(c * width, width)]
-        plgpu.wgmma(columns, weights, v.multiplied.at[n, c])
-    return v.type.chunks
+def product(acc, weights, y: Tiles, n) -> int:
+    """acc += weights y[n], by wgmma with weights in registers; returns how many wgmma groups it started."""
+    for c in range(y.type.chunks):
+        columns = acc if y.type.chunks == 1 else acc.at[:, pl.ds(c * y.width, y.width)]
+        plgpu.wgmma(columns, weights, y.multiplied.at[n, c])
+    return y.type.chunks
 
 
-def supports(dtype) -> bool:
-    return jnp.dtype(dtype).itemsize == 2
+def at_least(x: jax.Array, rows: int) -> jax.Array:
+    """x [B, S, H, D] with at least as many rows as a tile: a TMA box may not be longer than the tensor."""
+    return jnp.pad(x, ((0, 0), (0, max(0, rows - x.shape[1])), (0, 0), (0, 0)))
+
+
+def is_ragged(p: AttentionProblem) -> bool:
+    """Whether the lengths or head dims are such that TMA needs a view of its own."""
+    return any(n % 8 for n in (p.Sq, p.Sk)) or any(d % CHUNK for d in (p.D, p.Dv))

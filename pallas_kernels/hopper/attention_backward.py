@@ -1,0 +1,372 @@
+"""Backward: dQ, dK and dV from Q, K, V, dO and two row statistics, in one pass over the scores.
+
+    P = 2^(scale log2(e) Q K^T - lse2)    dV = P^T dO    dS = P (dO V^T - delta)    dK = scale dS^T Q    dQ = scale dS K
+
+Who does what. A CTA owns a block of keys, 64 rows for each of two consumer warpgroups, and walks over the
+query blocks of every query head that reads them. It forms S^T and dP^T, so that P^T and dS^T are in
+registers just as dV and dK want them; both stay in registers for the whole walk. dS^T goes through shared
+memory once, because dQ wants the other orientation and all the keys. Each consumer forms half of the dQ
+tile and leaves it in shared memory in register order; a warp of the last warpgroup has TMA add it to a
+float32 buffer in global memory, which `attention_dq` turns into dQ afterwards. Another warp loads.
+
+The walk and the five products follow Shah et al., FlashAttention-3 (arXiv 2407.08608).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _compat, tiles
+from pallas_kernels.parts import barriers, masking, ranges, register_order, schedule, softmax, tma
+from pallas_kernels.parts.barriers import NamedBarrier
+from pallas_kernels.parts.ranges import Range
+from pallas_kernels.parts.schedule import Schedule, Work
+from pallas_kernels.problem import AttentionArrays, AttentionProblem
+from pallas_kernels.tiles import BackwardTile
+
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+CONSUMERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one launch."""
+
+    problem: AttentionProblem
+    tile: BackwardTile
+    schedule: Schedule
+    any_row: bool
+    interpret: _compat.Interpret
+
+    @property
+    def query_blocks(self) -> int:
+        return -(-self.problem.Sq // self.tile.block_q)
+
+    @property
+    def dq_tile(self) -> tuple[int, int]:
+        """Rows and columns of the part of a dQ tile that one consumer forms."""
+        columns = tiles.padded(self.problem.D)
+        if self.tile.split_rows:
+            return self.tile.block_q // CONSUMERS, columns
+        return self.tile.block_q, columns // CONSUMERS
+
+    @property
+    def dq_shape(self) -> tuple[int, ...]:
+        """The float32 buffer: a part for each consumer, in register order."""
+        p = self.problem
+        return (p.B, p.H, self.query_blocks, CONSUMERS, *register_order.memory_shape(*self.dq_tile))
+
+    @property
+    def meeting(self) -> NamedBarrier:
+        return NamedBarrier(0, threads=128 * CONSUMERS, meeting=CONSUMERS, interpret=self.interpret)
+
+    @property
+    def dq_full(self) -> NamedBarrier:
+        """Between a consumer and the warp that stores dQ."""
+        return NamedBarrier(1, threads=128 + 32, count=CONSUMERS, interpret=self.interpret)
+
+    @property
+    def dq_empty(self) -> NamedBarrier:
+        return NamedBarrier(1 + CONSUMERS, threads=128 + 32, count=CONSUMERS, interpret=self.interpret)
+
+    def tile_type(self, count: int, rows: int, columns: int) -> tma.TileType:
+        dtype = jnp.dtype(self.problem.dtype)
+        return tma.TileType(count, rows, tiles.padded(columns), dtype, self.any_row, self.interpret)
+
+
+class Refs(NamedTuple):
+    q_gmem: Any
+    k_gmem: Any
+    v_gmem: Any
+    do_gmem: Any
+    lse_gmem: Any
+    delta_gmem: Any
+    dq_gmem: Any
+    dk_gmem: Any
+    dv_gmem: Any
+    q_smem: Any
+    do_smem: Any
+    k_smem: Any
+    v_smem: Any
+    ds_smem: Any
+    dq_smem: Any
+    lse_smem: Any
+    delta_smem: Any
+    kv_full: Any
+    q_full: Any
+    q_empty: Any
+    do_full: Any
+    do_empty: Any
+    meeting: Any
+    dq_full: Any
+    dq_empty: Any
+
+
+def attention_backward(
+    p: AttentionProblem, a: AttentionArrays, d_out, lse2, delta, dq, *, interpret: _compat.Interpret = None
+) -> tuple[jax.Array, jax.Array]:
+    """Adds dQ / scale to the accumulator `dq` (see `Plan.dq_shape`) and returns dK and dV.
+
+    lse2 = lse log2(e), float32 [B, H, Sq padded to whole blocks], +inf for rows without a gradient.
+    delta = rowsum(dO O) - dlse, in the same shape.
+    """
+    plan = make_plan(p, interpret)
+    q, d_out = (tma.at_least(x, plan.tile.block_q) for x in (a.q, d_out))
+    k, v = (tma.at_least(x, plan.tile.block_kv) for x in (a.k, a.v))
+    kernel = _compat.kernel(
+        functools.partial(_kernel, plan),
+        name="attention_backward",
+        out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        scratch=_scratch(plan),
+        grid=plan.schedule.grid,
+        grid_names=("cta",),
+        warpgroups=barriers.warpgroups(CONSUMERS, 2, interpret),
+        interpret=interpret,
+    )
+    dk, dv = kernel(q, k, v, d_out, lse2, delta, dq)
+    return dk[:, : p.Sk], dv[:, : p.Sk]
+
+
+def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
+    tile = tiles.backward_tile(p)
+    bytes_per_head = p.Sq * (2 * (p.D + p.Dv) + 4 * p.D) * p.group
+    order = Schedule(
+        batch=p.B,
+        heads=p.Hk,
+        blocks=-(-p.Sk // tile.block_kv),
+        section=schedule.section(p.B * p.Hk, 1, bytes_per_head, budget=40 * 2**20),
+        descending=False,  # the first keys have the longest walk
+    )
+    return Plan(p, tile, order, tma.is_ragged(p), interpret)
+
+
+def _tile_types(plan: Plan) -> dict[str, tma.TileType]:
+    p, t = plan.problem, plan.tile
+    return {
+        "q_smem": plan.tile_type(t.stages, t.block_q, p.D),
+        "do_smem": plan.tile_type(t.stages, t.block_q, p.Dv),
+        "k_smem": plan.tile_type(1, t.block_kv, p.D),
+        "v_smem": plan.tile_type(1, t.block_kv, p.Dv),
+    }
+
+
+def _scratch(plan: Plan) -> list:
+    p, t = plan.problem, plan.tile
+    types = _tile_types(plan)
+    return [
+        *(x.scratch for x in types.values()),
+        plgpu.SMEM((t.ds_stages, t.block_kv, t.block_q), jnp.dtype(p.dtype), transforms=tma.TILED),
+        plgpu.SMEM((CONSUMERS, *plan.dq_shape[-2:]), jnp.float32),
+        plgpu.SMEM((t.stages, t.block_q), jnp.float32),
+        plgpu.SMEM((t.stages, t.block_q), jnp.float32),
+        plgpu.Barrier(num_arrivals=types["k_smem"].chunks + types["v_smem"].chunks),
+        plgpu.Barrier(num_arrivals=types["q_smem"].chunks + 1, num_barriers=t.stages),
+        plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=t.stages),
+        plgpu.Barrier(num_arrivals=types["do_smem"].chunks + 1, num_barriers=t.stages),
+        plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=t.stages),
+        plan.meeting.scratch,
+        plan.dq_full.scratch,
+        plan.dq_empty.scratch,
+    ]
+
+
+class Walk(NamedTuple):
+    """The query blocks of a CTA: those of `rows`, for each query head of the group in turn."""
+
+    rows: Range
+    steps: jax.Array
+    first_head: jax.Array
+    group: int
+
+    def at(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Query head and query block of a step."""
+        if self.group == 1:
+            return self.first_head, self.rows.lo + step
+        each = jnp.maximum(self.rows.hi - self.rows.lo, 1)
+        return self.first_head + lax.div(step, each), self.rows.lo + lax.rem(step, each)
+
+
+def _kernel(plan: Plan, *refs) -> None:
+    p, t = plan.problem, plan.tile
+    refs = Refs(*refs)
+    types = _tile_types(plan)
+    refs = refs._replace(**{name: x.view(getattr(refs, name)) for name, x in types.items()})
+    work = plan.schedule.work(lax.axis_index("cta"))
+    rows = ranges.query_blocks(p, work.block * t.block_kv, t.block_kv, t.block_q)
+    walk = Walk(rows, (rows.hi - rows.lo) * p.group, work.h * p.group, p.group)
+    wg = lax.axis_index("wg")
+    consume = functools.partial(_consumer, plan, refs, work, walk, wg)
+    serve = functools.partial(_servants, plan, refs, work, walk, wg - CONSUMERS)
+    lax.cond(wg < CONSUMERS, consume, serve)
+
+
+def _servants(plan: Plan, refs: Refs, work: Work, walk: Walk, index) -> None:
+    plgpu.set_max_registers(plan.tile.producer_registers, action="decrease")
+    load = functools.partial(_loader, plan, refs, work, walk)
+    store = functools.partial(_dq_storer, plan, refs, work, walk)
+    barriers.in_warps([load, store], index, plan.interpret)
+
+
+def _loader(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
+    t = plan.tile
+    row = work.block * t.block_kv
+    refs.k_smem.load(refs.k_gmem, work.b, row, work.h, 0, refs.kv_full)
+    refs.v_smem.load(refs.v_gmem, work.b, row, work.h, 0, refs.kv_full)
+
+    def load_block(step, _):
+        slot = lax.rem(step, t.stages)
+        head, block = walk.at(step)
+        row = block * t.block_q
+        statistics = (work.b, head, pl.ds(row, t.block_q))
+        again = step >= t.stages
+
+        @pl.when(again)
+        def _():
+            plgpu.barrier_wait(refs.q_empty.at[slot])
+
+        refs.q_smem.load(refs.q_gmem, work.b, row, head, slot, refs.q_full.at[slot])
+        plgpu.copy_gmem_to_smem(refs.lse_gmem.at[statistics], refs.lse_smem.at[slot], refs.q_full.at[slot])
+
+        @pl.when(again)
+        def _():
+            plgpu.barrier_wait(refs.do_empty.at[slot])
+
+        refs.do_smem.load(refs.do_gmem, work.b, row, head, slot, refs.do_full.at[slot])
+        plgpu.copy_gmem_to_smem(refs.delta_gmem.at[statistics], refs.delta_smem.at[slot], refs.do_full.at[slot])
+
+    lax.fori_loop(0, walk.steps, load_block, None)
+
+
+def _dq_storer(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
+    """Has TMA add each dQ tile that the consumers leave in shared memory."""
+    for w in range(CONSUMERS):
+        plan.dq_empty.arrive(refs.dq_empty, w)
+
+    def store(step, _):
+        head, block = walk.at(step)
+        for w in range(CONSUMERS):
+            plan.dq_full.wait(refs.dq_full, w)
+            target = refs.dq_gmem.at[work.b, head, block, w]
+            plgpu.copy_smem_to_gmem(refs.dq_smem.at[w], target, reduction_op="add")
+        for w in range(CONSUMERS):
+            plgpu.wait_smem_to_gmem(CONSUMERS - 1 - w, wait_read_only=True)
+            plan.dq_empty.arrive(refs.dq_empty, w)
+
+    lax.fori_loop(0, walk.steps, store, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _consumer(plan: Plan, refs: Refs, work: Work, walk: Walk, wg) -> None:
+    p, t = plan.problem, plan.tile
+    plgpu.set_max_registers(t.registers, action="increase")
+    plgpu.barrier_wait(refs.kv_full)
+
+    def accumulate(dk_acc, dv_acc):
+        step = functools.partial(_step, plan, refs, work, walk, wg, dk_acc, dv_acc)
+        lax.fori_loop(0, walk.steps, step, None)
+        return dk_acc[...], dv_acc[...]
+
+    accumulators = (plgpu.ACC((64, tiles.padded(d)), jnp.float32) for d in (p.D, p.Dv))
+    dk, dv = pl.run_scoped(accumulate, *accumulators)
+    plan.meeting.meet(refs.meeting)  # the other consumer's last dQ still reads all of K
+    dtype = jnp.dtype(p.dtype)
+    refs.k_smem.write(0, (dk * p.scale).astype(dtype), rows=pl.ds(wg * 64, 64))
+    refs.v_smem.write(0, dv.astype(dtype), rows=pl.ds(wg * 64, 64))
+    plgpu.commit_smem()
+    row = work.block * t.block_kv + wg * 64
+    refs.k_smem.store(refs.dk_gmem, work.b, row, work.h, 0, rows=pl.ds(wg * 64, 64))
+    refs.v_smem.store(refs.dv_gmem, work.b, row, work.h, 0, rows=pl.ds(wg * 64, 64))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _step(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, dk_acc, dv_acc, step, _) -> None:
+    """One query block: five products, ordered so that each runs under the arithmetic of another."""
+    t = plan.tile
+    slot, ds_slot = lax.rem(step, t.stages), lax.rem(step, t.ds_stages)
+    mine = pl.ds(wg * 64, 64)
+    plgpu.barrier_wait(refs.q_full.at[slot])
+    form = functools.partial(_weights, plan, refs, work, walk, wg, step, slot)
+    scores = plgpu.ACC((64, t.block_q), jnp.float32)
+    weights, ds = pl.run_scoped(form, scores, scores)
+    refs.ds_smem[ds_slot, mine] = ds
+    tma.product(dv_acc, weights, refs.do_smem, slot)
+    barriers.fence(plan.interpret)
+    plan.meeting.meet(refs.meeting)
+
+    def finish(dq_acc):
+        _dq_product(plan, refs, wg, ds_slot, dq_acc)
+        plgpu.wgmma_wait(1)  # dV is done
+        plgpu.barrier_arrive(refs.do_empty.at[slot])
+        running = tma.product(dk_acc, ds, refs.q_smem, slot)
+        dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=running)
+        plan.dq_empty.wait(refs.dq_empty, wg)
+        refs.dq_smem[wg] = register_order.to_memory(dq, plan.interpret)
+        barriers.fence(plan.interpret)
+        plan.dq_full.arrive(refs.dq_full, wg)
+
+    pl.run_scoped(finish, plgpu.ACC(plan.dq_tile, jnp.float32))
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(refs.q_empty.at[slot])
+
+
+def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, s_acc, dp_acc):
+    """P^T and dS^T [64 keys, block_q] in the input dtype."""
+    p, mine = plan.problem, pl.ds(wg * 64, 64)
+    tma.transposed_product(s_acc, refs.k_smem, 0, refs.q_smem, slot, rows=mine)
+    lse2 = _compat.load(refs.lse_smem.at[slot], COLUMNS)
+    plgpu.barrier_wait(refs.do_full.at[slot])
+    running = tma.transposed_product(dp_acc, refs.v_smem, 0, refs.do_smem, slot, rows=mine)
+    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
+    s = _hide(plan, work, walk, wg, step, s)
+    weights = jnp.exp2(s * (p.scale * softmax.LOG2E) - over_rows(lse2, s.shape))
+    rounded = weights.astype(p.dtype)
+    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
+    delta = _compat.load(refs.delta_smem.at[slot], COLUMNS)
+    return rounded, (weights * (dp - over_rows(delta, dp.shape))).astype(p.dtype)
+
+
+def _dq_product(plan: Plan, refs: Refs, wg, ds_slot, dq_acc) -> None:
+    """This consumer's part of dQ / scale = dS K, over all the keys of the CTA."""
+    rows, columns = plan.dq_tile
+    if plan.tile.split_rows:
+        ds = refs.ds_smem.at[ds_slot, :, pl.ds(wg * rows, rows)]
+        k = refs.k_smem.columns(0, 0, columns)
+    else:
+        ds = refs.ds_smem.at[ds_slot]
+        k = refs.k_smem.columns(0, wg * columns, columns)
+    plgpu.wgmma(dq_acc, ds.transpose((1, 0)), k)
+
+
+def _hide(plan: Plan, work: Work, walk: Walk, wg, step, s) -> jax.Array:
+    """-inf where an edge of the mask, or the end of the keys, cuts a tile of S^T."""
+    p, t = plan.problem, plan.tile
+    ragged = p.Sk % t.block_kv != 0
+    if p.left is None and p.right is None and not ragged:
+        return s
+    _, block = walk.at(step)
+    cut = (block < walk.rows.full_lo) | (block >= walk.rows.full_hi)
+    if ragged:
+        cut = cut | (work.block == p.Sk // t.block_kv)
+
+    def hide(s):
+        key = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=softmax.ROWS) + (work.block * t.block_kv + wg * 64)
+        here = key - (p.offset + block * t.block_q)  # the query at the key's own position, as a column
+        last = t.block_q - 1
+        high = softmax.row_values(last, 64, jnp.int32) if p.left is None else jnp.minimum(here + p.left, last)
+        if ragged:
+            high = jnp.where(key < p.Sk, high, -1)
+        return masking.hide_columns(s, None if p.right is None else here - p.right, high, plan.interpret)
+
+    return lax.cond(cut, hide, lambda s: s, s)
+
+
+def over_rows(x: jax.Array, shape) -> jax.Array:
+    return lax.broadcast_in_dim(x, shape, [1])

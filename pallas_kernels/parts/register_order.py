@@ -1,0 +1,84 @@
+"""Float32 tiles stored in the order in which wgmma's registers hold them.
+
+A thread's registers go out four at a time, with no shuffles and no bank conflicts; whoever reads the tile
+back with `from_memory` gets the same registers, so the order on the way never matters.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import vector
+
+from pallas_kernels import _compat
+from pallas_kernels._compat import Interpret
+
+WGMMA = plgpu.Layout.WGMMA
+_WIDTH = 256
+_LANES = 4  # float32s in one 16-byte access
+
+
+def memory_shape(rows: int, columns: int) -> tuple[int, int]:
+    """The shape of the memory that holds a rows x columns tile."""
+    return rows * columns // _WIDTH, _WIDTH
+
+
+def to_memory(x: jax.Array, interpret: Interpret) -> jax.Array:
+    """Registers of a tile [rows, columns] -> the value to store at a ref of `memory_shape`."""
+    shape = memory_shape(*x.shape)
+    if interpret is not None:
+        return x.reshape(shape)
+    layout = _strided(shape)
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout)
+    )
+    def relabel(_, x):
+        quads = ir.VectorType.get((_LANES,), ir.F32Type.get())
+        flat = _scalars(x.registers)
+        groups = [flat[n : n + _LANES] for n in range(0, len(flat), _LANES)]
+        registers = np.empty(len(groups), dtype=object)
+        registers[:] = [vector.from_elements(quads, group) for group in groups]
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+
+    return relabel(x)
+
+
+def from_memory(ref, rows: int, columns: int, interpret: Interpret) -> jax.Array:
+    """A tile stored by `to_memory`, in registers of wgmma's layout."""
+    shape = memory_shape(rows, columns)
+    if interpret is not None:
+        return ref[...].reshape(rows, columns)
+    layout = _strided(shape)
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct((rows, columns), jnp.float32, WGMMA)
+    )
+    def relabel(_, x):
+        pairs = ir.VectorType.get((2,), ir.F32Type.get())
+        flat = _scalars(x.registers)
+        form = WGMMA.to_mgpu()
+        registers = np.empty(form.registers_shape((rows, columns)), dtype=object)
+        for n, index in enumerate(np.ndindex(registers.shape)):
+            registers[index] = vector.from_elements(pairs, flat[2 * n : 2 * n + 2])
+        return mgpu.FragmentedArray(_registers=registers, _layout=form, _is_signed=None)
+
+    return relabel(_compat.load(ref, layout))
+
+
+def _strided(shape: tuple[int, int]):
+    return plgpu.Layout.WG_STRIDED(shape, vec_size=_LANES)
+
+
+def _scalars(registers) -> list[ir.Value]:
+    """The elements of every register, in order."""
+    found = []
+    for register in registers.flat:
+        for e in range(ir.VectorType(register.type).shape[0]):
+            position = ir.DenseI64ArrayAttr.get([e])
+            found.append(vector.extract(register, dynamic_position=[], static_position=position))
+    return found
