@@ -53,21 +53,23 @@ def _attend_bwd(problem: AttentionProblem, backend: str, residuals, cotangents):
     arrays, out, lse, wanted = residuals
     d_out, d_lse = (_materialize(ct) for ct in cotangents)
     problem = dataclasses.replace(problem, bias_gradient=wanted.bias)
-    grads = _backward_once(problem, backend, (arrays, out, lse, d_out, d_lse))
+    operands = _first_order_only(backend, (arrays, out, lse, d_out, d_lse))
+    backward = functools.partial(_backward, backend=backend)
+    grads = _fold_into_batch(backward, problem)(operands)
     return (AttentionArrays(q=grads.q, k=grads.k, v=grads.v, bias=grads.bias, sinks=grads.sinks),)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _backward_once(problem: AttentionProblem, backend: str, operands) -> AttentionGradients:
-    backward = functools.partial(_backward, backend=backend)
-    return _fold_into_batch(backward, problem)(operands)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _first_order_only(backend: str, operands):
+    """The operands themselves; differentiating them raises."""
+    return operands
 
 
-@_backward_once.defjvp
-def _no_second_derivative(problem, backend, primals, tangents):
+@_first_order_only.defjvp
+def _no_second_derivative(backend, primals, tangents):
     raise NotImplementedError(
         f"the {backend!r} backward has no derivative of its own: "
         "pass implementation='reference' for second derivatives and forward mode"

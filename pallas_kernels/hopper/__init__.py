@@ -1,6 +1,45 @@
-"""Mosaic GPU kernels for NVIDIA Hopper (compute capability 9.0)."""
+"""Softmax attention on NVIDIA Hopper: what the kernels can take, and the calls around them.
 
-def why_not(problem, direction):
-    return "todo"
-def forward(*a): raise NotImplementedError
-def backward(*a): raise NotImplementedError
+The kernels themselves are imported when first used: importing Mosaic GPU takes a while.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels.problem import AttentionArrays, AttentionGradients, AttentionProblem
+
+TARGET = "sm_90"
+
+
+def why_not(p: AttentionProblem, direction: str) -> str | None:
+    """Why these kernels cannot take a problem in a direction, or None if they can."""
+    reasons = (
+        (p.target != TARGET, f"target={p.target} must be {TARGET}, an NVIDIA Hopper GPU"),
+        (p.dtype not in ("bfloat16", "float16"), f"dtype={p.dtype} must be bfloat16 or float16"),
+        (p.D not in (64, 128), f"head_dim={p.D} must be 64 or 128"),
+        (p.D != p.Dv, f"value head_dim={p.Dv} must equal head_dim={p.D}"),
+        (p.softcap is not None, f"softcap={p.softcap} is not in the kernels"),
+        (p.bias_shape is not None, "bias is not in the kernels"),
+        (p.mask_shape is not None, "mask is not in the kernels"),
+        (p.segments, "segment_ids are not in the kernels"),
+        (p.alibi, "alibi_slopes are not in the kernels"),
+        (p.sinks, "sinks are not in the kernels"),
+        (p.dropout_rate > 0, f"dropout_rate={p.dropout_rate} is not in the kernels"),
+        (p.deterministic and direction == "backward", "deterministic=True: dQ is summed in no fixed order"),
+    )
+    return next((reason for failed, reason in reasons if failed), None)
+
+
+def forward(p: AttentionProblem, a: AttentionArrays) -> tuple[jax.Array, jax.Array]:
+    """out [B, Sq, H, Dv] and lse [B, H, Sq]."""
+    from pallas_kernels.hopper.attention_forward import attention_forward
+
+    return attention_forward(p, a)
+
+
+def backward(p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_lse) -> AttentionGradients:
+    """Gradients of q, k and v."""
+    from pallas_kernels.hopper.attention_gradients import attention_gradients
+
+    return attention_gradients(p, a, out, lse, d_out, d_lse)

@@ -1,0 +1,1 @@
+"""Benchmarks of jflash beside every peer that is installed: `python -m bench`."""

@@ -1,0 +1,22 @@
+"""`python -m bench NAME`: measures, prints a table, and writes JSON and a plot."""
+
+from __future__ import annotations
+
+import argparse
+
+from bench import attention
+
+BENCHMARKS = {"attention": attention}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="name", required=True)
+    for name, module in BENCHMARKS.items():
+        module.add_arguments(commands.add_parser(name, help=(module.__doc__ or "").partition(": ")[2]))
+    args = parser.parse_args()
+    BENCHMARKS[args.name].main(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The implementations that a benchmark runs side by side: ours and whatever else is installed.
+
+A peer makes, for a case, a `Timed` for each direction it can do, or raises; the reason is printed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.timing import Timed
+from jflash import flash_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One attention problem. window: keys seen before a query's own."""
+
+    B: int
+    Sq: int
+    Sk: int
+    H: int
+    Hk: int
+    D: int
+    Dv: int
+    causal: bool = False
+    window: tuple[int, int] | None = None
+
+    @property
+    def visible(self) -> int:
+        """Pairs of a query and a key it sees, a head: causal counts half, as the peers' papers do."""
+        if self.window is not None:
+            i = np.arange(self.Sq) + self.Sk - self.Sq
+            high = np.minimum(i + (0 if self.causal else self.window[1]), self.Sk - 1)
+            return int(np.maximum(high - np.maximum(i - self.window[0], 0) + 1, 0).sum())
+        return self.Sq * self.Sk // (2 if self.causal else 1)
+
+    def flops(self, direction: str) -> float:
+        """Two products forward; backward counts 2.5 times that, whatever a kernel really does."""
+        forward = 2.0 * self.B * self.H * self.visible * (self.D + self.Dv)
+        return {"forward": 1.0, "backward": 2.5, "both": 3.5}[direction] * forward
+
+
+def jax_inputs(case: Case, dtype: str) -> tuple[jax.Array, ...]:
+    """q, k, v and the cotangent of the output, standard normal."""
+    shapes = (
+        (case.B, case.Sq, case.H, case.D),
+        (case.B, case.Sk, case.Hk, case.D),
+        (case.B, case.Sk, case.Hk, case.Dv),
+        (case.B, case.Sq, case.H, case.Dv),
+    )
+    keys = jax.random.split(jax.random.key(0), 4)
+    make = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    return tuple(make(key, shape, jnp.dtype(dtype)) for key, shape in zip(keys, shapes, strict=True))
+
+
+def jax_peer(function: Callable[[Case], Callable]) -> Callable[[Case, str, str], Timed]:
+    """A peer from a maker of attention functions f(q, k, v) -> out on [B, S, H, D]."""
+
+    def prepare(case: Case, dtype: str, direction: str) -> Timed:
+        attend = function(case)
+        *qkv, cotangent = jax_inputs(case, dtype)
+        if direction == "forward":
+            run = functools.partial(jax.jit(attend), *qkv)
+        elif direction == "both":
+            both = jax.jit(lambda q, k, v, ct: jax.vjp(attend, q, k, v)[1](ct))
+            run = functools.partial(both, *qkv, cotangent)
+        else:
+            _, pull = jax.jit(functools.partial(jax.vjp, attend))(*qkv)
+            run = functools.partial(jax.jit(lambda pull, ct: pull(ct)), pull, cotangent)
+        if jax.default_backend() == "cpu":  # as torch does there: each call is over before the next starts
+            return Timed(lambda: jax.block_until_ready(run()), lambda _: None)
+        return Timed(run, jax.block_until_ready)
+
+    return prepare
+
+
+def torch_peer(function: Callable[[Case], Callable], heads_first: bool = False):
+    """A peer from a maker of torch functions f(q, k, v) -> out on [B, S, H, D], or on [B, H, S, D]."""
+
+    def prepare(case: Case, dtype: str, direction: str) -> Timed:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        attend = function(case)
+        tensors = []
+        for x in jax_inputs(case, "float32"):
+            t = torch.from_numpy(np.asarray(x).copy()).to(device, getattr(torch, dtype))
+            tensors.append(t.transpose(1, 2).contiguous() if heads_first else t)
+        *qkv, cotangent = tensors
+        wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+        if direction == "forward":
+
+            def run():
+                with torch.no_grad():
+                    return attend(*qkv)
+
+        else:
+            qkv = [x.requires_grad_() for x in qkv]
+            kept = attend(*qkv)
+
+            def run():
+                out = kept if direction == "backward" else attend(*qkv)
+                return torch.autograd.grad(out, qkv, cotangent, retain_graph=direction == "backward")
+
+        return Timed(run, lambda _: wait())
+
+    return prepare
+
+
+def _jflash(case: Case) -> Callable:
+    return functools.partial(flash_attention, causal=case.causal, window=case.window)
+
+
+def _jflash_deterministic(case: Case) -> Callable:
+    return functools.partial(flash_attention, causal=case.causal, window=case.window, deterministic=True)
+
+
+def _jax_nn(implementation: str, case: Case) -> Callable:
+    if case.D != case.Dv:
+        raise NotImplementedError("jax.nn wants one head dim")
+    return functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=case.causal,
+        local_window_size=case.window,
+        implementation=implementation,
+    )
+
+
+def _tokamax(case: Case) -> Callable:
+    import tokamax
+
+    return functools.partial(
+        tokamax.dot_product_attention, is_causal=case.causal, local_window_size=case.window, implementation="mosaic"
+    )
+
+
+def _jla(backward: str, case: Case) -> Callable:
+    from jla.ops.mosaic_gpu.attention import flash_attention as jla
+
+    if not case.causal or case.Sq != case.Sk:
+        raise NotImplementedError("jla is causal self-attention")
+    window = None if case.window is None else case.window[0] + 1
+    return functools.partial(jla, sliding_window=window, backward=backward)
+
+
+def _fa3_jax(case: Case) -> Callable:
+    from dew_flash_attn import flash_mha
+
+    return functools.partial(flash_mha, is_causal=case.causal, window_size=case.window or (-1, -1))
+
+
+def _fa3_torch(case: Case) -> Callable:
+    from fa3_fwd_interface import flash_attn_func
+
+    return functools.partial(flash_attn_func, causal=case.causal, window_size=case.window or (-1, -1))
+
+
+def _sdpa(backend: str | None, case: Case) -> Callable:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if case.window is not None or (case.causal and case.Sq != case.Sk):
+        raise NotImplementedError("SDPA has no window and aligns causal masks to the top left")
+    attend = functools.partial(
+        torch.nn.functional.scaled_dot_product_attention, is_causal=case.causal, enable_gqa=case.H != case.Hk
+    )
+    if backend is None:
+        return attend
+
+    def chosen(*qkv):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return attend(*qkv)
+
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    name: str
+    needs: tuple[str, ...]  # modules
+    devices: tuple[str, ...]
+    prepare: Callable[[Case, str, str], Timed]
+
+    def why_not(self, device: str) -> str | None:
+        """Why it cannot run here at all."""
+        if device not in self.devices:
+            return f"runs on {' and '.join(self.devices)}"
+        for module in self.needs:
+            try:
+                importlib.import_module(module)
+            except Exception as error:
+                return f"import {module}: {type(error).__name__}: {str(error)[:100]}"
+        return None
+
+
+def _peer(name: str, prepare: Any, *needs: str, devices=("cuda",)) -> Peer:
+    return Peer(name, needs, devices, prepare)
+
+
+PEERS = (
+    _peer("jflash", jax_peer(_jflash), devices=("cpu", "cuda")),
+    _peer("jflash:deterministic", jax_peer(_jflash_deterministic)),
+    _peer("fa3", jax_peer(_fa3_jax), "dew_flash_attn"),
+    _peer("fa3:torch", torch_peer(_fa3_torch), "fa3_fwd_interface"),
+    _peer("cudnn:jax", jax_peer(functools.partial(_jax_nn, "cudnn"))),
+    _peer("cudnn:torch", torch_peer(functools.partial(_sdpa, "CUDNN_ATTENTION"), True), "torch"),
+    _peer("fa2:torch", torch_peer(functools.partial(_sdpa, "FLASH_ATTENTION"), True), "torch"),
+    _peer("tokamax", jax_peer(_tokamax), "tokamax"),
+    _peer("jla:ranged", jax_peer(functools.partial(_jla, "ranged")), "jla"),
+    _peer("jla:fused", jax_peer(functools.partial(_jla, "fused")), "jla"),
+    _peer("torch SDPA", torch_peer(functools.partial(_sdpa, None), True), "torch", devices=("cpu",)),
+    _peer("jax.nn", jax_peer(functools.partial(_jax_nn, "xla")), devices=("cpu", "cuda")),
+)

@@ -1,0 +1,117 @@
+"""The one schema of every result file, and the two ways to show it: a table and a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("jax", "jaxlib", "torch", "numpy", "tokamax", "flash_attn", "jax-linear-attention", "flash-linear-attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement. Ours and a peer's of one case share every field but impl and the numbers."""
+
+    family: str
+    direction: str
+    impl: str
+    dtype: str
+    shape: dict[str, Any]
+    ms: float
+    ms_p20: float
+    ms_p80: float
+    tflops: float | None = None
+    gbps: float | None = None
+    host_us: float | None = None
+    peak_mb: float | None = None
+
+    @property
+    def case(self) -> tuple:
+        return self.family, self.direction, self.dtype, tuple(self.shape.items())
+
+
+@dataclasses.dataclass
+class Report:
+    """All rows of one run on one device."""
+
+    device: str
+    date: str
+    command: str
+    versions: dict[str, str]
+    matmul_tflops: float | None
+    rows: list[Row]
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
+def load(path: Path) -> Report:
+    fields = json.loads(path.read_text())
+    return Report(**{**fields, "rows": [Row(**row) for row in fields["rows"]]})
+
+
+def new_report(device: str, matmul_tflops: float | None = None) -> Report:
+    command = "python -m bench " + " ".join(sys.argv[1:])
+    return Report(device, datetime.date.today().isoformat(), command, _versions(), matmul_tflops, [])
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def label(shape: dict[str, Any]) -> str:
+    """A shape as a person writes it: B2 S8192 H16 D128 causal."""
+    s = shape
+    text = f"B{s['B']} S{s['Sq']}" + ("" if s["Sk"] == s["Sq"] else f"x{s['Sk']}")
+    text += f" H{s['H']}" + ("" if s["Hk"] == s["H"] else f"/{s['Hk']}")
+    text += f" D{s['D']}" + ("" if s["Dv"] == s["D"] else f"/{s['Dv']}")
+    text += " causal" if s.get("causal") else ""
+    return text + (f" window {s['window'][0]}" if s.get("window") else "")
+
+
+def show(report: Report) -> None:
+    """One line a case and one column an implementation; the fastest is bold."""
+    impls = list(dict.fromkeys(row.impl for row in report.rows))
+    on_gpu = any(row.tflops is not None for row in report.rows)
+    table = Table(title=f"{report.device}, {'TF/s' if on_gpu else 'ms'}", title_justify="left")
+    for column in ("case", "direction", *impls):
+        table.add_column(column, justify="left" if column in ("case", "direction") else "right")
+    for case in dict.fromkeys(row.case for row in report.rows):
+        rows = {row.impl: row for row in report.rows if row.case == case}
+        best = min(row.ms for row in rows.values())
+        cells = [_cell(rows.get(impl), best) for impl in impls]
+        first = next(iter(rows.values()))
+        table.add_row(f"{first.dtype} {label(first.shape)}", first.direction, *cells)
+    Console(width=200).print(table)
+
+
+def _cell(row: Row | None, best: float) -> str:
+    if row is None:
+        return "-"
+    text = f"{row.ms:.2f}" if row.tflops is None else f"{row.tflops:.0f}"
+    return f"[bold]{text}[/bold]" if row.ms == best else text
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if "torch" in sys.modules and (cudnn := sys.modules["torch"].backends.cudnn.version()):
+        found["cudnn"] = str(cudnn)
+    return found

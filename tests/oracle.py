@@ -1,0 +1,90 @@
+"""The correctness rule: how far a result may be from the float64 oracle.
+
+`ref` is the oracle in float64 on the same inputs, `lo` the oracle in the inputs' own dtype. With x ours,
+    max|x - ref| <= 2 max|lo - ref| + atol    and    rms(x - ref) <= 1.5 rms(lo - ref) + atol
+for every output and gradient, where atol is twice one rounding of ref + 0.3 in the inputs' dtype.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflash import flash_attention
+
+DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
+
+
+def inputs(seed, dtype, *, B=1, Sq=64, Sk=None, H=2, Hk=None, D=32, Dv=None, bias=None, sinks=False) -> dict:
+    """Random q, k, v in a dtype, with a bias of the given shape and sinks if asked."""
+    rng = np.random.default_rng(seed)
+    Sk, Hk, Dv = Sk or Sq, Hk or H, Dv or D
+    found = {"q": rng.normal(size=(B, Sq, H, D)), "k": rng.normal(size=(B, Sk, Hk, D))}
+    found["v"] = rng.normal(size=(B, Sk, Hk, Dv))
+    if bias is not None:
+        found["bias"] = rng.normal(size=bias)
+    if sinks:
+        found["sinks"] = rng.normal(size=H)
+    return {name: jnp.asarray(x, dtype) for name, x in found.items()}
+
+
+def assert_matches_oracle(arrays: dict, options: dict, implementation: str | None = None, attend=flash_attention):
+    """Holds out, lse and every gradient of `attend` to the rule, with random cotangents for both outputs."""
+    dtype = arrays["q"].dtype
+    cotangents = _cotangents(arrays)
+    ours = _everything(attend, arrays, cotangents, {**options, "implementation": implementation})
+    low = _everything(flash_attention, arrays, cotangents, {**options, "implementation": "reference"})
+    with jax.enable_x64(True):
+        wide = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
+        options = {name: _wide(x) for name, x in options.items()}
+        ref = _everything(flash_attention, wide, cotangents, {**options, "implementation": "reference"})
+    for name in ref:
+        assert_close(name, ours[name], low[name], ref[name], dtype)
+
+
+def assert_close(name: str, x, low, ref, dtype) -> None:
+    """The rule for one array."""
+    x, low, ref = (np.asarray(y, np.float64) for y in (x, low, ref))
+    assert x.shape == ref.shape, f"{name}: shape {x.shape}, oracle {ref.shape}"
+    assert np.array_equal(np.isneginf(x), np.isneginf(ref)), f"{name}: -inf in other places than the oracle"
+    finite = np.isfinite(ref)
+    x, low, ref = x[finite], low[finite], ref[finite]
+    if x.size == 0:
+        return
+    assert np.isfinite(x).all(), f"{name}: {np.sum(~np.isfinite(x))} of {x.size} values are not finite"
+    rounded = np.asarray(jnp.asarray(ref, dtype) + jnp.asarray(0.3, dtype) - jnp.asarray(0.3, dtype), np.float64)
+    atol = 2 * np.abs(rounded - ref).max()
+    worst, allowed = np.abs(x - ref).max(), 2 * np.abs(low - ref).max() + atol
+    assert worst <= allowed, f"{name}: max error {worst:.3g} > {allowed:.3g}"
+    rms = lambda y: np.sqrt(np.mean(np.square(y)))  # noqa: E731
+    assert rms(x - ref) <= 1.5 * rms(low - ref) + atol, f"{name}: rms {rms(x - ref):.3g}, low {rms(low - ref):.3g}"
+
+
+def _cotangents(arrays: dict):
+    rng = np.random.default_rng(99)
+    B, Sq, H, _ = arrays["q"].shape
+    return rng.normal(size=(B, Sq, H, arrays["v"].shape[-1])), rng.normal(size=(B, H, Sq))
+
+
+def _everything(attend, arrays: dict, cotangents, options: dict) -> dict:
+    """out, lse and the gradient of each differentiable array."""
+
+    @jax.jit
+    def run(arrays, cotangents):
+        def f(arrays):
+            return attend(**arrays, **options, return_lse=True)
+
+        (out, lse), pull = jax.vjp(f, arrays)
+        d_out, d_lse = cotangents
+        # A row that sees no key has an lse of -inf, and no gradient whatever its cotangent.
+        (grads,) = pull((jnp.asarray(d_out, out.dtype), jnp.asarray(d_lse, lse.dtype)))
+        return out, lse, grads
+
+    out, lse, grads = run(arrays, cotangents)
+    return {"out": out, "lse": lse, **{f"d{name}": g for name, g in grads.items()}}
+
+
+def _wide(x):
+    floating = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.asarray(np.asarray(x, np.float64)) if floating else x
