@@ -16,6 +16,7 @@ class ForwardTile:
     stages: int = 2
     registers: int = 240  # of a consumer
     producer_registers: int = 24
+    persistent: bool = False  # one CTA an SM takes tile after tile
     spill_bytes: int = 0  # what ptxas may spill; the compile test fails above it
 
     @property

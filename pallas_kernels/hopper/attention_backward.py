@@ -142,8 +142,9 @@ def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
         batch=p.B,
         heads=p.Hk,
         blocks=-(-p.Sk // tile.block_kv),
-        section=schedule.section(p.B * p.Hk, 1, bytes_per_head, budget=40 * 2**20),
+        section=schedule.section(p.B * p.Hk, 1, bytes_per_head, budget=40 * 2**20) if p.right is not None else 1,
         descending=False,  # the first keys have the longest walk
+        ctas=p.B * p.Hk * -(-p.Sk // tile.block_kv),
     )
     return Plan(p, tile, order, tma.is_ragged(p), interpret)
 

@@ -33,6 +33,7 @@ from pallas_kernels.problem import AttentionArrays, AttentionProblem
 from pallas_kernels.tiles import ForwardTile
 
 WGMMA = plgpu.Layout.WGMMA
+SMS = 132  # of an H100 or H200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +69,13 @@ class Refs(NamedTuple):
     q_smem: Any
     k_smem: Any
     v_smem: Any
+    out_smem: Any
     lse_smem: Any
     q_full: Any
+    q_empty: Any
     k_full: Any
-    v_full: Any
     k_empty: Any
+    v_full: Any
     v_empty: Any
     turn: Any
 
@@ -105,63 +108,59 @@ def attention_forward(
 def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
     tile = tiles.forward_tile(p)
     bytes_per_group = 2 * p.Sk * (p.D + p.Dv)
+    blocks = -(-p.Sq // tile.rows)
     order = Schedule(
         batch=p.B,
         heads=p.H,
-        blocks=-(-p.Sq // tile.rows),
-        section=schedule.section(p.B * p.H, p.group, bytes_per_group),
+        blocks=blocks,
+        section=schedule.section(p.B * p.H, p.group, bytes_per_group) if p.right is not None else 1,
         descending=p.right is not None,
+        ctas=min(SMS, p.B * p.H * blocks) if tile.persistent else p.B * p.H * blocks,
     )
     return Plan(p, tile, order, tma.is_ragged(p), interpret)
 
 
 def _scratch(plan: Plan) -> list:
-    p, t = plan.problem, plan.tile
-    q, k, v = _tile_types(plan)
+    t = plan.tile
+    types = _tile_types(plan)
     return [
-        q.scratch,
-        k.scratch,
-        v.scratch,
+        *(x.scratch for x in types.values()),
         plgpu.SMEM((t.warpgroups, 64), jnp.float32),
-        plgpu.Barrier(num_arrivals=t.warpgroups * q.chunks),
-        plgpu.Barrier(num_arrivals=k.chunks, num_barriers=t.stages),
-        plgpu.Barrier(num_arrivals=v.chunks, num_barriers=t.stages),
+        plgpu.Barrier(num_arrivals=t.warpgroups * types["q_smem"].chunks),
+        plgpu.Barrier(num_arrivals=t.warpgroups),
+        plgpu.Barrier(num_arrivals=types["k_smem"].chunks, num_barriers=t.stages),
         plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
+        plgpu.Barrier(num_arrivals=types["v_smem"].chunks, num_barriers=t.stages),
         plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
         plan.turn.scratch,
     ]
 
 
-def _tile_types(plan: Plan) -> tuple[tma.TileType, tma.TileType, tma.TileType]:
+def _tile_types(plan: Plan) -> dict[str, tma.TileType]:
     p, t = plan.problem, plan.tile
-    return (
-        plan.tile_type(t.warpgroups, 64, p.D),
-        plan.tile_type(t.stages, t.block_kv, p.D),
-        plan.tile_type(t.stages, t.block_kv, p.Dv),
-    )
+    return {
+        "q_smem": plan.tile_type(t.warpgroups, 64, p.D),
+        "k_smem": plan.tile_type(t.stages, t.block_kv, p.D),
+        "v_smem": plan.tile_type(t.stages, t.block_kv, p.Dv),
+        "out_smem": plan.tile_type(t.warpgroups, 64, p.Dv),
+    }
 
 
 def _kernel(plan: Plan, *refs) -> None:
     refs = Refs(*refs)
-    views = (t.view(r) for t, r in zip(_tile_types(plan), (refs.q_smem, refs.k_smem, refs.v_smem), strict=True))
-    refs = refs._replace(**dict(zip(("q_smem", "k_smem", "v_smem"), views, strict=True)))
-    work = plan.schedule.work(lax.axis_index("cta"))
-    keys = ranges.key_blocks(plan.problem, work.block * plan.tile.rows, plan.tile.rows, plan.tile.block_kv)
+    refs = refs._replace(**{name: x.view(getattr(refs, name)) for name, x in _tile_types(plan).items()})
     wg = lax.axis_index("wg")
-    consume = functools.partial(_consumer, plan, refs, work, keys, wg)
-    produce = functools.partial(_producer, plan, refs, work, keys)
+    consume = functools.partial(_consumer, plan, refs, wg)
+    produce = functools.partial(_producer, plan, refs)
     lax.cond(wg < plan.tile.warpgroups, consume, produce)
 
 
-def _steps(keys: Range) -> jax.Array:
-    """Key blocks to take: at least one, wholly masked if need be, so that no role has an empty case."""
-    return jnp.maximum(keys.hi - keys.lo, 1)
-
-
-def _block(plan: Plan, keys: Range, step: jax.Array) -> jax.Array:
-    """The key block of a step, last first."""
-    blocks = -(-plan.problem.Sk // plan.tile.block_kv)
-    return jnp.clip(keys.hi - 1 - step, 0, blocks - 1)
+def _keys(plan: Plan, work: Work) -> Range:
+    """The key blocks of a tile: at least one, wholly masked if need be, so that no role has an empty case."""
+    t = plan.tile
+    keys = ranges.key_blocks(plan.problem, work.block * t.rows, t.rows, t.block_kv)
+    last = jnp.minimum(keys.lo, -(-plan.problem.Sk // t.block_kv) - 1)
+    return keys._replace(lo=last, hi=jnp.maximum(keys.hi, last + 1))
 
 
 def _cut(plan: Plan, keys: Range, block: jax.Array) -> jax.Array | None:
@@ -172,14 +171,31 @@ def _cut(plan: Plan, keys: Range, block: jax.Array) -> jax.Array | None:
     return (block < keys.full_lo) | (block >= keys.full_hi)
 
 
-def _producer(plan: Plan, refs: Refs, work: Work, keys: Range) -> None:
+def _producer(plan: Plan, refs: Refs) -> None:
     plgpu.set_max_registers(plan.tile.producer_registers, action="decrease")
+
+    def role():
+        schedule.for_each_tile(plan.schedule, functools.partial(_load_tile, plan, refs))
+
+    barriers.in_warps([role], 0, plan.interpret)
+
+
+def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
+    """Copies the operands of a tile; `done` counts the key blocks of earlier tiles, which fix ring slots."""
+    t = plan.tile
+    keys = _keys(plan, work)
     kv_head = lax.div(work.h, jnp.int32(plan.problem.group))
 
+    if plan.schedule.persistent:
+        pl.when(done > 0)(lambda: plgpu.barrier_wait(refs.q_empty))
+
+    for w in range(t.warpgroups):
+        refs.q_smem.load(refs.q_gmem, work.b, work.block * t.rows + w * 64, work.h, w, refs.q_full)
+
     def load_block(step, _):
-        slot = lax.rem(step, plan.tile.stages)
-        row = _block(plan, keys, step) * plan.tile.block_kv
-        again = step >= plan.tile.stages
+        slot = lax.rem(done + step, t.stages)
+        row = (keys.hi - 1 - step) * t.block_kv
+        again = done + step >= t.stages
 
         @pl.when(again)
         def _():
@@ -193,27 +209,43 @@ def _producer(plan: Plan, refs: Refs, work: Work, keys: Range) -> None:
 
         refs.v_smem.load(refs.v_gmem, work.b, row, kv_head, slot, refs.v_full.at[slot])
 
-    def role():
-        for w in range(plan.tile.warpgroups):
-            row = work.block * plan.tile.rows + w * 64
-            refs.q_smem.load(refs.q_gmem, work.b, row, work.h, w, refs.q_full)
-        lax.fori_loop(0, _steps(keys), load_block, None)
-
-    barriers.in_warps([role], 0, plan.interpret)
+    steps = keys.hi - keys.lo
+    lax.fori_loop(0, steps, load_block, None)
+    return done + steps
 
 
-def _consumer(plan: Plan, refs: Refs, work: Work, keys: Range, wg: jax.Array) -> None:
-    p, t = plan.problem, plan.tile
-    plgpu.set_max_registers(t.registers, action="increase")
+def _consumer(plan: Plan, refs: Refs, wg: jax.Array) -> None:
+    plgpu.set_max_registers(plan.tile.registers, action="increase")
     if plan.takes_turns:
         pl.when(wg == 0)(lambda: plan.turn.arrive(refs.turn, 0))
-    first_row = work.block * t.rows + wg * 64
+    schedule.for_each_tile(plan.schedule, functools.partial(_attend_tile, plan, refs, wg))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
+    """Attention of this consumer's 64 rows; returns the key blocks done so far."""
+    keys = _keys(plan, work)
     plgpu.barrier_wait(refs.q_full)
-    carry = _first(plan, refs, keys, first_row, wg)
-    step = functools.partial(_step, plan, refs, keys, first_row, wg)
-    carry = lax.fori_loop(1, _steps(keys), step, carry)
-    acc, state = _last(plan, refs, _steps(keys), carry)
-    _epilogue(plan, refs, work, wg, acc, state)
+    rows = Rows(wg, work.block * plan.tile.rows + wg * 64, keys, done)
+    steps = keys.hi - keys.lo
+    carry = lax.fori_loop(1, steps, functools.partial(_step, plan, refs, rows), _first(plan, refs, rows))
+    plgpu.barrier_arrive(refs.q_empty)
+    acc = _last(plan, refs, done + steps - 1, carry)
+    _epilogue(plan, refs, wg, work, acc, carry.state)
+    return done + steps
+
+
+class Rows(NamedTuple):
+    """The query rows of one consumer, the key blocks they take, and how many blocks came before those."""
+
+    wg: jax.Array
+    first: jax.Array
+    keys: Range
+    done: Any
+
+    def block(self, step):
+        """The key block of a step, last first."""
+        return self.keys.hi - 1 - step
 
 
 class Carry(NamedTuple):
@@ -224,42 +256,41 @@ class Carry(NamedTuple):
     state: Softmax
 
 
-def _first(plan: Plan, refs: Refs, keys: Range, first_row, wg) -> Carry:
+def _first(plan: Plan, refs: Refs, rows: Rows) -> Carry:
     """S and P of the first block; it is the one that can be cut by the edges."""
     p, t = plan.problem, plan.tile
+    slot = lax.rem(rows.done, t.stages)
+    plgpu.barrier_wait(refs.k_full.at[slot])
 
     def product(s_acc):
-        tma.transposed_product(s_acc, refs.q_smem, wg, refs.k_smem, 0)
+        tma.transposed_product(s_acc, refs.q_smem, rows.wg, refs.k_smem, slot)
         return s_acc[...]
 
-    plgpu.barrier_wait(refs.k_full.at[0])
     s = pl.run_scoped(product, plgpu.ACC((64, t.block_kv), jnp.float32))
-    plgpu.barrier_arrive(refs.k_empty.at[0])
-    block = _block(plan, keys, 0)
-    state, weights, _ = _softmax(plan, softmax.start(64), s, first_row, block, _cut(plan, keys, block))
+    plgpu.barrier_arrive(refs.k_empty.at[slot])
+    state, weights, _ = _softmax(plan, rows, 0, softmax.start(64), s)
     acc = plgpu.layout_cast(jnp.zeros((64, tiles.padded(p.Dv)), jnp.float32), WGMMA)
     return Carry(acc, weights, state)
 
 
-def _step(plan: Plan, refs: Refs, keys: Range, first_row, wg, step, carry: Carry) -> Carry:
+def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
     """S(step) and P(step-1) V(step-1) on the tensor cores; P(step) while the second still runs."""
     t = plan.tile
-    k_slot, v_slot = lax.rem(step, t.stages), lax.rem(step - 1, t.stages)
+    k_slot, v_slot = lax.rem(rows.done + step, t.stages), lax.rem(rows.done + step - 1, t.stages)
     plgpu.barrier_wait(refs.k_full.at[k_slot])
     if plan.takes_turns:
-        plan.turn.wait(refs.turn, wg)
+        plan.turn.wait(refs.turn, rows.wg)
 
     def overlapped(s_acc, o_acc):
         o_acc[...] = carry.acc
-        tma.transposed_product(s_acc, refs.q_smem, wg, refs.k_smem, k_slot)
+        tma.transposed_product(s_acc, refs.q_smem, rows.wg, refs.k_smem, k_slot)
         plgpu.barrier_wait(refs.v_full.at[v_slot])
         running = tma.product(o_acc, carry.weights, refs.v_smem, v_slot)
         if plan.takes_turns:
-            plan.turn.arrive(refs.turn, barriers.following(wg, t.warpgroups))
+            plan.turn.arrive(refs.turn, barriers.following(rows.wg, t.warpgroups))
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
         plgpu.barrier_arrive(refs.k_empty.at[k_slot])
-        block = _block(plan, keys, step)
-        state, weights, fade = _softmax(plan, carry.state, s, first_row, block, _cut(plan, keys, block))
+        state, weights, fade = _softmax(plan, rows, step, carry.state, s)
         acc = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
         plgpu.barrier_arrive(refs.v_empty.at[v_slot])
         return Carry(acc * softmax.over_columns(fade, acc.shape), weights, state)
@@ -269,9 +300,9 @@ def _step(plan: Plan, refs: Refs, keys: Range, first_row, wg, step, carry: Carry
     )
 
 
-def _last(plan: Plan, refs: Refs, steps, carry: Carry) -> tuple[jax.Array, Softmax]:
+def _last(plan: Plan, refs: Refs, step, carry: Carry) -> jax.Array:
     """The product that is still owed."""
-    slot = lax.rem(steps - 1, plan.tile.stages)
+    slot = lax.rem(step, plan.tile.stages)
     plgpu.barrier_wait(refs.v_full.at[slot])
 
     def product(o_acc):
@@ -281,14 +312,16 @@ def _last(plan: Plan, refs: Refs, steps, carry: Carry) -> tuple[jax.Array, Softm
 
     acc = pl.run_scoped(product, plgpu.ACC(carry.acc.shape, jnp.float32))
     plgpu.barrier_arrive(refs.v_empty.at[slot])
-    return acc, carry.state
+    return acc
 
 
-def _softmax(plan: Plan, state: Softmax, s, first_row, block, cut):
-    """Takes a tile of scores into the running softmax, hiding what its edges cut off if `cut`."""
+def _softmax(plan: Plan, rows: Rows, step, state: Softmax, s):
+    """Takes a tile of scores into the running softmax, hiding what an edge cuts off."""
     p = plan.problem
+    block = rows.block(step)
+    cut = _cut(plan, rows.keys, block)
     if cut is not None:
-        s = lax.cond(cut, functools.partial(_hide, plan, first_row, block), lambda s: s, s)
+        s = lax.cond(cut, functools.partial(_hide, plan, rows.first, block), lambda s: s, s)
     state, weights, fade = softmax.step(state, s, p.scale * softmax.LOG2E, guarded=cut is not None)
     return state, weights.astype(p.dtype), fade
 
@@ -302,15 +335,14 @@ def _hide(plan: Plan, first_row, block, s) -> jax.Array:
     return masking.hide_columns(s, None if p.left is None else here - p.left, high, plan.interpret)
 
 
-def _epilogue(plan: Plan, refs: Refs, work: Work, wg, acc, state: Softmax) -> None:
-    """Divides, and writes out through the query tile's memory, which nobody reads any more."""
+def _epilogue(plan: Plan, refs: Refs, wg, work: Work, acc, state: Softmax) -> None:
+    """Divides and writes out; the copy runs on under the next tile."""
     inverse, lse = softmax.finish(state)
     out = acc * softmax.over_columns(inverse, acc.shape)
-    out_smem = dataclasses.replace(refs.q_smem, type=plan.tile_type(plan.tile.warpgroups, 64, plan.problem.Dv))
-    out_smem.write(wg, out.astype(plan.problem.dtype))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    refs.out_smem.write(wg, out.astype(plan.problem.dtype))
     refs.lse_smem[wg] = lse
     plgpu.commit_smem()
     row = work.block * plan.tile.rows + wg * 64
-    out_smem.store(refs.out_gmem, work.b, row, work.h, wg)
+    refs.out_smem.store(refs.out_gmem, work.b, row, work.h, wg)
     plgpu.copy_smem_to_gmem(refs.lse_smem.at[wg], refs.lse_gmem.at[work.b, work.h, pl.ds(row, 64)])
-    plgpu.wait_smem_to_gmem(0)
