@@ -17,6 +17,7 @@ class ForwardTile:
     registers: int = 240  # of a consumer
     producer_registers: int = 24
     persistent: bool = False  # one CTA an SM takes tile after tile
+    out_in_q: bool = False  # the output leaves through the memory of Q, where shared memory is short
     spill_bytes: int = 0  # what ptxas may spill; the compile test fails above it
 
     @property

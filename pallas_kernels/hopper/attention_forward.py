@@ -123,8 +123,9 @@ def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
 def _scratch(plan: Plan) -> list:
     t = plan.tile
     types = _tile_types(plan)
+    own = [x.scratch for name, x in types.items() if not (t.out_in_q and name == "out_smem")]
     return [
-        *(x.scratch for x in types.values()),
+        *own,
         plgpu.SMEM((t.warpgroups, 64), jnp.float32),
         plgpu.Barrier(num_arrivals=t.warpgroups * types["q_smem"].chunks),
         plgpu.Barrier(num_arrivals=t.warpgroups),
@@ -147,6 +148,10 @@ def _tile_types(plan: Plan) -> dict[str, tma.TileType]:
 
 
 def _kernel(plan: Plan, *refs) -> None:
+    if plan.tile.out_in_q:
+        q = Refs._fields.index("q_smem")
+        out = Refs._fields.index("out_smem")
+        refs = (*refs[:out], refs[q], *refs[out:])
     refs = Refs(*refs)
     refs = refs._replace(**{name: x.view(getattr(refs, name)) for name, x in _tile_types(plan).items()})
     wg = lax.axis_index("wg")
@@ -229,9 +234,13 @@ def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
     rows = Rows(wg, work.block * plan.tile.rows + wg * 64, keys, done)
     steps = keys.hi - keys.lo
     carry = lax.fori_loop(1, steps, functools.partial(_step, plan, refs, rows), _first(plan, refs, rows))
-    plgpu.barrier_arrive(refs.q_empty)
+    if not plan.tile.out_in_q:
+        plgpu.barrier_arrive(refs.q_empty)
     acc = _last(plan, refs, done + steps - 1, carry)
     _epilogue(plan, refs, wg, work, acc, carry.state)
+    if plan.tile.out_in_q and plan.schedule.persistent:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(refs.q_empty)
     return done + steps
 
 

@@ -80,14 +80,14 @@ class Tiles:
         rows = pl.ds(0, self.type.rows) if rows is None else rows
         for c in range(self.type.chunks):
             part = target.at[index, pl.ds(row, rows.size), head, self._columns(c)]
-            plgpu.copy_smem_to_gmem(self.copied.at[n, c, rows], part)
+            plgpu.copy_smem_to_gmem(self.copied.at[n, c, rows, pl.ds(0, self.width)], part)
 
     def write(self, n, value, rows=None) -> None:
         """Registers -> tile n, or some rows of it."""
         rows = pl.ds(0, self.type.rows) if rows is None else rows
         for c in range(self.type.chunks):
             part = value if self.type.chunks == 1 else value[:, c * self.width : (c + 1) * self.width]
-            self.multiplied[n, c, rows] = part
+            self.multiplied[n, c, rows, pl.ds(0, self.width)] = part
 
     def columns(self, n, start, width: int):
         """The view, for wgmma, of some columns of tile n."""
