@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -33,7 +34,6 @@ from pallas_kernels.problem import AttentionArrays, AttentionProblem
 from pallas_kernels.tiles import ForwardTile
 
 WGMMA = plgpu.Layout.WGMMA
-SMS = 132  # of an H100 or H200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,17 @@ class Plan:
     def takes_turns(self) -> bool:
         return self.tile.warpgroups > 1
 
+    @property
+    def table(self) -> np.ndarray:
+        """What persistent CTAs take: a tile costs its key blocks, and about one more for its two ends."""
+        if not self.schedule.persistent:
+            return np.zeros((1, 1), np.int32)
+        with jax.ensure_compile_time_eval():
+            first = jnp.arange(self.schedule.blocks) * self.tile.rows
+            keys = ranges.key_blocks(self.problem, first, self.tile.rows, self.tile.block_kv)
+            steps = np.broadcast_to(np.asarray(keys.hi - keys.lo), first.shape)
+        return self.schedule.table(steps + 1.0)
+
     def tile_type(self, count: int, rows: int, columns: int) -> tma.TileType:
         dtype = jnp.dtype(self.problem.dtype)
         return tma.TileType(count, rows, tiles.padded(columns), dtype, self.any_row, self.interpret)
@@ -64,6 +75,7 @@ class Refs(NamedTuple):
     q_gmem: Any
     k_gmem: Any
     v_gmem: Any
+    table_gmem: Any
     out_gmem: Any
     lse_gmem: Any
     q_smem: Any
@@ -96,12 +108,12 @@ def attention_forward(
             jax.ShapeDtypeStruct((p.B, p.H, lse_rows), jnp.float32),
         ),
         scratch=_scratch(plan),
-        grid=plan.schedule.grid,
+        grid=(plan.schedule.ctas,),
         grid_names=("cta",),
         warpgroups=barriers.warpgroups(plan.tile.warpgroups, 1, interpret),
         interpret=interpret,
     )
-    out, lse = kernel(q, k, v)
+    out, lse = kernel(q, k, v, plan.table)
     return out[:, : p.Sq], lse[:, :, : p.Sq]
 
 
@@ -115,7 +127,7 @@ def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
         blocks=blocks,
         section=schedule.section(p.B * p.H, p.group, bytes_per_group) if p.right is not None else 1,
         descending=p.right is not None,
-        ctas=min(SMS, p.B * p.H * blocks) if tile.persistent else p.B * p.H * blocks,
+        persistent=tile.persistent,
     )
     return Plan(p, tile, order, tma.is_ragged(p), interpret)
 
@@ -180,7 +192,7 @@ def _producer(plan: Plan, refs: Refs) -> None:
     plgpu.set_max_registers(plan.tile.producer_registers, action="decrease")
 
     def role():
-        schedule.for_each_tile(plan.schedule, functools.partial(_load_tile, plan, refs))
+        schedule.for_each_tile(plan.schedule, refs.table_gmem, functools.partial(_load_tile, plan, refs))
 
     barriers.in_warps([role], 0, plan.interpret)
 
@@ -223,7 +235,7 @@ def _consumer(plan: Plan, refs: Refs, wg: jax.Array) -> None:
     plgpu.set_max_registers(plan.tile.registers, action="increase")
     if plan.takes_turns:
         pl.when(wg == 0)(lambda: plan.turn.arrive(refs.turn, 0))
-    schedule.for_each_tile(plan.schedule, functools.partial(_attend_tile, plan, refs, wg))
+    schedule.for_each_tile(plan.schedule, refs.table_gmem, functools.partial(_attend_tile, plan, refs, wg))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -278,6 +290,7 @@ def _first(plan: Plan, refs: Refs, rows: Rows) -> Carry:
     s = pl.run_scoped(product, plgpu.ACC((64, t.block_kv), jnp.float32))
     plgpu.barrier_arrive(refs.k_empty.at[slot])
     state, weights, _ = _softmax(plan, rows, 0, softmax.start(64), s)
+    _await_keys(plan, refs, rows, 1)
     acc = plgpu.layout_cast(jnp.zeros((64, tiles.padded(p.Dv)), jnp.float32), WGMMA)
     return Carry(acc, weights, state)
 
@@ -286,7 +299,6 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
     """S(step) and P(step-1) V(step-1) on the tensor cores; P(step) while the second still runs."""
     t = plan.tile
     k_slot, v_slot = lax.rem(rows.done + step, t.stages), lax.rem(rows.done + step - 1, t.stages)
-    plgpu.barrier_wait(refs.k_full.at[k_slot])
     if plan.takes_turns:
         plan.turn.wait(refs.turn, rows.wg)
 
@@ -300,6 +312,7 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
         plgpu.barrier_arrive(refs.k_empty.at[k_slot])
         state, weights, fade = _softmax(plan, rows, step, carry.state, s)
+        _await_keys(plan, refs, rows, step + 1)
         acc = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
         plgpu.barrier_arrive(refs.v_empty.at[v_slot])
         return Carry(acc * softmax.over_columns(fade, acc.shape), weights, state)
@@ -307,6 +320,16 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
     return pl.run_scoped(
         overlapped, plgpu.ACC((64, t.block_kv), jnp.float32), plgpu.ACC(carry.acc.shape, jnp.float32)
     )
+
+
+def _await_keys(plan: Plan, refs: Refs, rows: Rows, step) -> None:
+    """Waits for the keys of a step, if there is such a step.
+
+    It stands before the wait for P V, not at the start of its step, because it is a branch: ptxas moves the
+    exponentials down past that wait, out of the shadow of P V, but not past a branch.
+    """
+    slot = lax.rem(rows.done + step, plan.tile.stages)
+    pl.when(step < rows.keys.hi - rows.keys.lo)(lambda: plgpu.barrier_wait(refs.k_full.at[slot]))
 
 
 def _last(plan: Plan, refs: Refs, step, carry: Carry) -> jax.Array:

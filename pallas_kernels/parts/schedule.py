@@ -1,18 +1,25 @@
-"""The order in which CTAs take the tiles of a problem, as arithmetic on a one-dimensional grid.
+"""The order in which CTAs take the tiles of a problem.
 
 Heads go in sections small enough that what every tile of a head re-reads stays in L2. Inside a section the
 row block is the slow axis, longest rows first under a causal mask, so that the tail is made of short tiles.
+
+With as many CTAs as tiles, the hardware hands them out in that order. Persistent CTAs, one an SM, read what
+to take from a table: the tiles of the order, each given on the host to the CTA that will be free first.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+SMS = 132  # of an H100 or H200
 
 
 class Work(NamedTuple):
@@ -29,21 +36,16 @@ class Schedule:
     heads: int
     blocks: int
     section: int  # heads (over all batches) that share L2
-    descending: bool  # last row block first
-    ctas: int  # fewer than tiles: each takes several
+    descending: bool = False  # last row block first
+    persistent: bool = False
 
     @property
     def tiles(self) -> int:
         return self.batch * self.heads * self.blocks
 
     @property
-    def persistent(self) -> bool:
-        """Whether a CTA takes more than one tile."""
-        return self.ctas < self.tiles
-
-    @property
-    def grid(self) -> tuple[int]:
-        return (self.ctas,)
+    def ctas(self) -> int:
+        return min(SMS, self.tiles) if self.persistent else self.tiles
 
     def work(self, index: jax.Array) -> Work:
         """The tile of that index in the order."""
@@ -55,24 +57,35 @@ class Schedule:
             block = self.blocks - 1 - block
         return Work(lax.div(head, jnp.int32(self.heads)), lax.rem(head, jnp.int32(self.heads)), block)
 
+    def table(self, costs: Sequence[float]) -> np.ndarray:
+        """For each CTA the indices of its tiles, int32 [ctas, most tiles of a CTA + 1], closed by -1.
 
-def for_each_tile(plan: Schedule, take: Callable) -> None:
-    """Runs done = take(work, done) over the tiles of this CTA, with 0 for the first.
+        costs: the time of a tile of each block of rows.
+        """
+        in_section = np.repeat(np.asarray(costs, float)[:: -1 if self.descending else 1], self.section)
+        taken: list[list[int]] = [[] for _ in range(self.ctas)]
+        free = [(0.0, cta) for cta in range(self.ctas)]
+        for index, cost in enumerate(np.tile(in_section, self.tiles // len(in_section))):
+            time, cta = free[0]
+            taken[cta].append(index)
+            heapq.heapreplace(free, (time + cost, cta))
+        rounds = max(map(len, taken)) + 1
+        return np.array([tiles + [-1] * (rounds - len(tiles)) for tiles in taken], np.int32)
 
-    Rounds run through the order forwards and backwards in turn, so that the CTA that got the longest tile of
-    one round gets the shortest of the next.
-    """
+
+def for_each_tile(plan: Schedule, table_gmem, take: Callable) -> None:
+    """Runs done = take(work, done) over the tiles of this CTA, with 0 for the first."""
     cta = lax.axis_index("cta")
     if not plan.persistent:
         take(plan.work(cta), 0)
         return
 
-    def index(turn):
-        return turn * plan.ctas + jnp.where(lax.rem(turn, 2) == 0, cta, plan.ctas - 1 - cta)
+    def step(carry):
+        turn, index, done = carry
+        following = table_gmem[cta, turn + 1]  # read ahead of its use
+        return turn + 1, following, take(plan.work(index), done)
 
-    whole = plan.tiles // plan.ctas
-    turns = whole + (index(jnp.int32(whole)) < plan.tiles).astype(jnp.int32)
-    lax.fori_loop(0, turns, lambda turn, done: take(plan.work(index(turn)), done), jnp.int32(0))
+    lax.while_loop(lambda carry: carry[1] >= 0, step, (jnp.int32(0), table_gmem[cta, 0], jnp.int32(0)))
 
 
 def section(heads: int, group: int, bytes_per_group: int, budget: int = 32 * 2**20) -> int:
