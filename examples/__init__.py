@@ -1,0 +1,1 @@
+"""Programs that show jflash at work; the tests run them."""
