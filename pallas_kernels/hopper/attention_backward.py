@@ -270,7 +270,6 @@ def _consumer(plan: Plan, refs: Refs, work: Work, walk: Walk, wg) -> None:
     plgpu.barrier_wait(refs.kv_full)
 
     def accumulate(dk_acc, dv_acc):
-        _await_queries(plan, refs, walk, 0)
         step = functools.partial(_step, plan, refs, work, walk, wg, dk_acc, dv_acc)
         lax.fori_loop(0, walk.steps, step, None)
         return dk_acc[...], dv_acc[...]
@@ -293,6 +292,7 @@ def _step(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, dk_acc, dv_acc, st
     t = plan.tile
     slot, ds_slot = lax.rem(step, t.stages), lax.rem(step, t.ds_stages)
     mine = pl.ds(wg * 64, 64)
+    plgpu.barrier_wait(refs.q_full.at[slot])
     form = functools.partial(_weights, plan, refs, work, walk, wg, step, slot)
     scores = plgpu.ACC((64, t.block_q), jnp.float32)
     weights, ds = pl.run_scoped(form, scores, scores)
@@ -328,20 +328,10 @@ def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, s_a
     s = _hide(plan, work, walk, wg, step, s)
     weights = jnp.exp2(s * (p.scale * softmax.LOG2E) - over_rows(lse2, s.shape))
     rounded = weights.astype(p.dtype)
-    _await_queries(plan, refs, walk, step + 1)
+    barriers.pin(step, walk.steps, plan.interpret)  # the exponentials belong under dP
     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
     delta = _compat.load(refs.delta_smem.at[slot], COLUMNS)
     return rounded, (weights * (dp - over_rows(delta, dp.shape))).astype(p.dtype)
-
-
-def _await_queries(plan: Plan, refs: Refs, walk: Walk, step) -> None:
-    """Waits for the queries of a step, if there is such a step.
-
-    It stands before the wait for dP, not at the start of its step, because it is a branch: ptxas moves the
-    exponentials down past that wait, out of the shadow of dP, but not past a branch.
-    """
-    slot = lax.rem(step, plan.tile.stages)
-    pl.when(step < walk.steps)(lambda: plgpu.barrier_wait(refs.q_full.at[slot]))
 
 
 def _dq_product(plan: Plan, refs: Refs, wg, ds_slot, dq_acc) -> None:

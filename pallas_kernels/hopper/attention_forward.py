@@ -209,25 +209,26 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
     for w in range(t.warpgroups):
         refs.q_smem.load(refs.q_gmem, work.b, work.block * t.rows + w * 64, work.h, w, refs.q_full)
 
-    def load_block(step, _):
+    def load(step, smem, gmem, full, empty):
         slot = lax.rem(done + step, t.stages)
-        row = (keys.hi - 1 - step) * t.block_kv
-        again = done + step >= t.stages
+        pl.when(done + step >= t.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+        smem.load(gmem, work.b, (keys.hi - 1 - step) * t.block_kv, kv_head, slot, full.at[slot])
 
-        @pl.when(again)
-        def _():
-            plgpu.barrier_wait(refs.k_empty.at[slot])
+    def load_keys(step):
+        load(step, refs.k_smem, refs.k_gmem, refs.k_full, refs.k_empty)
 
-        refs.k_smem.load(refs.k_gmem, work.b, row, kv_head, slot, refs.k_full.at[slot])
+    def load_values(step):
+        load(step, refs.v_smem, refs.v_gmem, refs.v_full, refs.v_empty)
 
-        @pl.when(again)
-        def _():
-            plgpu.barrier_wait(refs.v_empty.at[slot])
+    def load_block(step, _):
+        load_keys(step)
+        load_values(step - 1)
 
-        refs.v_smem.load(refs.v_gmem, work.b, row, kv_head, slot, refs.v_full.at[slot])
-
+    # Keys a step ahead of values, as the consumers take them: neither waits for room for the other.
     steps = keys.hi - keys.lo
-    lax.fori_loop(0, steps, load_block, None)
+    load_keys(0)
+    lax.fori_loop(1, steps, load_block, None)
+    load_values(steps - 1)
     return done + steps
 
 
@@ -290,7 +291,6 @@ def _first(plan: Plan, refs: Refs, rows: Rows) -> Carry:
     s = pl.run_scoped(product, plgpu.ACC((64, t.block_kv), jnp.float32))
     plgpu.barrier_arrive(refs.k_empty.at[slot])
     state, weights, _ = _softmax(plan, rows, 0, softmax.start(64), s)
-    _await_keys(plan, refs, rows, 1)
     acc = plgpu.layout_cast(jnp.zeros((64, tiles.padded(p.Dv)), jnp.float32), WGMMA)
     return Carry(acc, weights, state)
 
@@ -299,6 +299,7 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
     """S(step) and P(step-1) V(step-1) on the tensor cores; P(step) while the second still runs."""
     t = plan.tile
     k_slot, v_slot = lax.rem(rows.done + step, t.stages), lax.rem(rows.done + step - 1, t.stages)
+    plgpu.barrier_wait(refs.k_full.at[k_slot])
     if plan.takes_turns:
         plan.turn.wait(refs.turn, rows.wg)
 
@@ -312,7 +313,7 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
         plgpu.barrier_arrive(refs.k_empty.at[k_slot])
         state, weights, fade = _softmax(plan, rows, step, carry.state, s)
-        _await_keys(plan, refs, rows, step + 1)
+        barriers.pin(step, rows.keys.hi, plan.interpret)  # the exponentials belong under P V
         acc = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
         plgpu.barrier_arrive(refs.v_empty.at[v_slot])
         return Carry(acc * softmax.over_columns(fade, acc.shape), weights, state)
@@ -320,16 +321,6 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
     return pl.run_scoped(
         overlapped, plgpu.ACC((64, t.block_kv), jnp.float32), plgpu.ACC(carry.acc.shape, jnp.float32)
     )
-
-
-def _await_keys(plan: Plan, refs: Refs, rows: Rows, step) -> None:
-    """Waits for the keys of a step, if there is such a step.
-
-    It stands before the wait for P V, not at the start of its step, because it is a branch: ptxas moves the
-    exponentials down past that wait, out of the shadow of P V, but not past a branch.
-    """
-    slot = lax.rem(rows.done + step, plan.tile.stages)
-    pl.when(step < rows.keys.hi - rows.keys.lo)(lambda: plgpu.barrier_wait(refs.k_full.at[slot]))
 
 
 def _last(plan: Plan, refs: Refs, step, carry: Carry) -> jax.Array:
