@@ -79,25 +79,25 @@ clean:
 	@echo "== .venv: installing JAX, Flax and PyTorch ($(if $(GPU),CUDA,CPU)); a few minutes the first time"
 	@$(PYTHON) -m venv .venv
 ifdef GPU
-	@.venv/bin/pip install -q $(TORCH)
-	@.venv/bin/pip install -q -e '.[cuda13,torch,flax,bench,dev]'
+	@.venv/bin/pip install -qq $(TORCH)
+	@.venv/bin/pip install -qq -e '.[cuda13,torch,flax,bench,dev]'
 else
-	@.venv/bin/pip install -q --no-deps --retries 1 --index-url $(TORCH_CPU_INDEX) $(TORCH) || \
-		.venv/bin/pip install -q $(TORCH)
-	@.venv/bin/pip install -q -e '.[torch,flax,bench,dev]'
+	@.venv/bin/pip install -qq --no-deps --retries 1 --index-url $(TORCH_CPU_INDEX) $(TORCH) 2>/dev/null || \
+		.venv/bin/pip install -qq $(TORCH)
+	@.venv/bin/pip install -qq -e '.[torch,flax,bench,dev]'
 endif
 	@touch $@
 
 .venv312/ready: pyproject.toml Makefile
 	@echo "== .venv312: installing JAX $(JAX_RACES)"
 	@$(PYTHON312) -m venv .venv312
-	@.venv312/bin/pip install -q -e . jax==$(JAX_RACES) hypothesis pytest pytest-timeout pytest-xdist
+	@.venv312/bin/pip install -qq -e . jax==$(JAX_RACES) hypothesis pytest pytest-timeout pytest-xdist
 	@touch $@
 
 .venv-compile/ready: pyproject.toml Makefile
 	@echo "== .venv-compile: installing JAX's CUDA plugin and ptxas, 1.3 GB"
 	@$(COMPILE_PYTHON) -m venv .venv-compile
 	@jax=$$(.venv-compile/bin/python -c 'import sys; print("0.11.2" if sys.version_info >= (3, 12) else "0.10.2")'); \
-		.venv-compile/bin/pip install -q -e . jax==$$jax absl-py hypothesis pytest pytest-timeout pytest-xdist && \
-		.venv-compile/bin/pip install -q --no-deps jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax $(CUDA_WHEELS)
+		.venv-compile/bin/pip install -qq -e . jax==$$jax absl-py hypothesis pytest pytest-timeout pytest-xdist && \
+		.venv-compile/bin/pip install -qq --no-deps jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax $(CUDA_WHEELS)
 	@touch $@

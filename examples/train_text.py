@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import statistics
 import time
 
 import jax
@@ -20,7 +21,7 @@ import optax
 import torch
 from flax import nnx
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import jflash
 from interop import flash_attn_func
@@ -131,7 +132,8 @@ def train(config: Config, steps: int, seed: int) -> tuple[Decoder, list[float]]:
     model = Decoder(config, nnx.Rngs(seed))
     schedule = optax.warmup_cosine_decay_schedule(0.0, 6e-3, steps // 10, steps, 3e-4)
     optimizer = nnx.Optimizer(model, optax.adamw(schedule, weight_decay=0.1), wrt=nnx.Param)
-    losses = []
+    losses: list[float] = []
+    times: list[float] = []
 
     def validate(step: int) -> None:
         losses.append(float(np.mean([evaluate(model, tokens) for tokens in held_out])))
@@ -140,7 +142,7 @@ def train(config: Config, steps: int, seed: int) -> tuple[Decoder, list[float]]:
     columns = (
         BarColumn(),
         TextColumn("step {task.completed}/{task.total} {task.description}"),
-        TimeRemainingColumn(),
+        TimeElapsedColumn(),
     )
     validate(0)
     with Progress(*columns, console=console) as progress:
@@ -148,7 +150,8 @@ def train(config: Config, steps: int, seed: int) -> tuple[Decoder, list[float]]:
         for step in range(1, steps + 1):
             start = time.perf_counter()
             loss = float(train_step(model, optimizer, draw(training, config, rng)))
-            speed = config.batch * config.context / (time.perf_counter() - start)
+            times.append(time.perf_counter() - start)
+            speed = config.batch * config.context / statistics.median(times)
             progress.update(bar, advance=1, description=f"loss {loss:.3f}  {speed:,.0f} tokens/s")
             if step % max(1, steps // 10) == 0:
                 validate(step)
@@ -214,7 +217,7 @@ def main() -> None:
     console.rule("Sample")
     prompt = jnp.asarray(read_text()[1][: config.context], jnp.int32)
     written = np.asarray(sample(model, prompt, jax.random.key(args.seed), 400), np.uint8)
-    console.print(written.tobytes().decode(errors="replace"), markup=False)
+    console.print(written.tobytes().decode(errors="replace"), markup=False, soft_wrap=True)
     console.rule("The first attention layer from PyTorch, on the same weights")
     out, gradient = compare_with_torch(model, prompt[None])
     console.print(f"largest difference from JAX: output {out:.1e}, gradient of its input {gradient:.1e}")
