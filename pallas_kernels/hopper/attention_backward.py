@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
-from pallas_kernels.parts import barriers, masking, ranges, register_order, schedule, softmax, tma
+from pallas_kernels.parts import barriers, descriptors, masking, ranges, register_order, schedule, softmax, tma
 from pallas_kernels.parts.barriers import NamedBarrier
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Schedule, Work
@@ -302,7 +302,7 @@ def _step(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, dk_acc, dv_acc, st
     plan.meeting.meet(refs.meeting)
 
     def finish(dq_acc):
-        _dq_product(plan, refs, wg, ds_slot, dq_acc)
+        _dq_product(plan, refs, wg, step, ds_slot, dq_acc)
         plgpu.wgmma_wait(1)  # dV is done
         plgpu.barrier_arrive(refs.do_empty.at[slot])
         running = tma.product(dk_acc, ds, refs.q_smem, slot)
@@ -319,7 +319,7 @@ def _step(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, dk_acc, dv_acc, st
 
 def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, s_acc, dp_acc):
     """P^T and dS^T [64 keys, block_q] in the input dtype."""
-    p, mine = plan.problem, pl.ds(wg * 64, 64)
+    p, mine = plan.problem, pl.ds((wg + descriptors.zero_at(step, plan.interpret)) * 64, 64)
     tma.transposed_product(s_acc, refs.k_smem, 0, refs.q_smem, slot, rows=mine)
     lse2 = _compat.load(refs.lse_smem.at[slot], COLUMNS)
     plgpu.barrier_wait(refs.do_full.at[slot])
@@ -328,21 +328,21 @@ def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, s_a
     s = _hide(plan, work, walk, wg, step, s)
     weights = jnp.exp2(s * (p.scale * softmax.LOG2E) - over_rows(lse2, s.shape))
     rounded = weights.astype(p.dtype)
-    barriers.pin(step, walk.steps, plan.interpret)  # the exponentials belong under dP
     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
     delta = _compat.load(refs.delta_smem.at[slot], COLUMNS)
     return rounded, (weights * (dp - over_rows(delta, dp.shape))).astype(p.dtype)
 
 
-def _dq_product(plan: Plan, refs: Refs, wg, ds_slot, dq_acc) -> None:
+def _dq_product(plan: Plan, refs: Refs, wg, step, ds_slot, dq_acc) -> None:
     """This consumer's part of dQ / scale = dS K, over all the keys of the CTA."""
     rows, columns = plan.dq_tile
+    zero = descriptors.zero_at(step, plan.interpret)
     if plan.tile.split_rows:
         ds = refs.ds_smem.at[ds_slot, :, pl.ds(wg * rows, rows)]
-        k = refs.k_smem.columns(0, 0, columns)
+        k = refs.k_smem.columns(0, zero * columns, columns)
     else:
         ds = refs.ds_smem.at[ds_slot]
-        k = refs.k_smem.columns(0, wg * columns, columns)
+        k = refs.k_smem.columns(0, (wg + zero) * columns, columns)
     plgpu.wgmma(dq_acc, ds.transpose((1, 0)), k)
 
 

@@ -313,7 +313,6 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
         plgpu.barrier_arrive(refs.k_empty.at[k_slot])
         state, weights, fade = _softmax(plan, rows, step, carry.state, s)
-        barriers.pin(step, rows.keys.hi, plan.interpret)  # the exponentials belong under P V
         acc = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
         plgpu.barrier_arrive(refs.v_empty.at[v_slot])
         return Carry(acc * softmax.over_columns(fade, acc.shape), weights, state)

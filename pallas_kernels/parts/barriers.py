@@ -91,23 +91,6 @@ def fence(interpret: Interpret) -> None:
     proxy()
 
 
-def pin(x, limit, interpret: Interpret) -> None:
-    """Keeps ptxas from moving instructions past this point; x < limit must always hold.
-
-    It is a loop that never repeats, which ptxas cannot know: without it, arithmetic that stands before a wait
-    for a product is moved down behind the wait, out of the product's shadow.
-    """
-    if interpret is not None:
-        return
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
-    def loop(_, x, limit):
-        text = "{ .reg .pred p; setp.lt.s32 p, $0, $1; again: @p bra on; nanosleep.u32 32; bra again; on: }"
-        _asm([x.registers[()], limit.registers[()]], text, "r,r")
-
-    loop(x, limit)
-
-
 def following(wg, count: int):
     """The warpgroup after wg, in a circle."""
     return lax.rem(wg + 1, count)
