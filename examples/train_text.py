@@ -203,7 +203,7 @@ def compare_with_torch(model: Decoder, tokens: jax.Array) -> tuple[float, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains a small transformer on text with jflash attention.")
-    parser.add_argument("--steps", type=int, default=500, help="training steps [500]")
+    parser.add_argument("--steps", type=int, default=400, help="training steps [400]")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the batches and the sample [0]")
     args = parser.parse_args()
 
