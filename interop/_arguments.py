@@ -1,0 +1,120 @@
+"""What users may pass; every error names the value and the rule. Nothing here waits for a GPU."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_HEAD_DIM = 256
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Dtypes and shapes of [B, Sq, H, D], [B, Sk, Hk, D], [B, Sk, Hk, Dv]."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_axes(name, x, "[batch, seq, heads, dim]")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name}.dtype={x.dtype} must be one of {', '.join(map(str, _DTYPES))}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v dtypes {q.dtype}, {k.dtype}, {v.dtype} must be equal")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"q, k, v batch sizes {q.shape[0]}, {k.shape[0]}, {v.shape[0]} must be equal")
+    if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
+        raise ValueError(f"(seq, heads) of k and v, {_list(k)[1:3]} and {_list(v)[1:3]}, must be equal")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"head dims of q and k, {q.shape[3]} and {k.shape[3]}, must be equal")
+    for name, dim in (("head_dim", q.shape[3]), ("value head_dim", v.shape[3])):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}={dim} must be <= {MAX_HEAD_DIM} and >= 1")
+    H, Hk = q.shape[2], k.shape[2]
+    if H < 1 or Hk < 1 or H % Hk:
+        raise ValueError(f"query heads={H} must be a multiple of key/value heads={Hk}")
+
+
+def check_devices(q: Tensor, **others: Tensor | None) -> None:
+    for name, x in others.items():
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name}.device={x.device} must be {q.device}, as of the queries")
+
+
+def check_axes(name: str, x: Tensor, axes: str) -> None:
+    """x is a tensor with as many axes as `axes` lists."""
+    _check_tensor(name, x)
+    if x.dim() != axes.count(",") + 1:
+        raise ValueError(f"{name}.shape={_list(x)} must have {axes.count(',') + 1} axes: {axes}")
+
+
+def _check_tensor(name: str, x) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}")
+
+
+def slopes(x: Tensor, q: Tensor) -> Tensor:
+    """alibi_slopes [H] or [B, H] -> [1, H] or [B, H]."""
+    _check_tensor("alibi_slopes", x)
+    B, _, H, _ = q.shape
+    if x.dtype != torch.float32:
+        raise TypeError(f"alibi_slopes.dtype={x.dtype} must be torch.float32")
+    if x.requires_grad:
+        raise NotImplementedError("alibi_slopes has no gradient: detach it, or pass the bias as attn_mask")
+    if _list(x) not in ([H], [B, H]):
+        raise ValueError(f"alibi_slopes.shape={_list(x)} must be [H]={[H]} or [B, H]={[B, H]}")
+    return x.reshape(-1, H)
+
+
+def square(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A mask or a bias that broadcasts to [B, H, Sq, Sk], with four axes."""
+    _check_tensor(name, x)
+    full = [q.shape[0], q.shape[2], q.shape[1], k.shape[1]]
+    if x.dtype not in (torch.bool, torch.float32, q.dtype):
+        raise TypeError(f"{name}.dtype={x.dtype} must be torch.bool, torch.float32 or the inputs' {q.dtype}")
+    lead = 4 - x.dim()
+    if lead < 0 or any(n not in (1, m) for n, m in zip(x.shape, full[lead:], strict=True)):
+        raise ValueError(f"{name}.shape={_list(x)} must broadcast to [B, H, Sq, Sk]={full}")
+    return x.reshape([1] * lead + _list(x))
+
+
+def number(name: str, x) -> float:
+    """A finite Python float."""
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        raise TypeError(f"{name}={x!r} must be a number")
+    x = float(x)
+    if not -math.inf < x < math.inf:  # torch.compile cannot trace math.isfinite of a dynamic number
+        raise ValueError(f"{name}={x} must be finite")
+    return x
+
+
+def softcap(x) -> float:
+    x = number("softcap", x)
+    if x < 0:
+        raise ValueError(f"softcap={x} must be > 0, or 0 for no cap")
+    return x
+
+
+def dropout_p(x) -> float:
+    x = number("dropout_p", x)
+    if not 0 <= x < 1:
+        raise ValueError(f"dropout_p={x} must be in [0, 1)")
+    return x
+
+
+def window(x) -> tuple[int, int]:
+    """window_size as (left, right), -1 for an open side."""
+    if not isinstance(x, (tuple, list)) or len(x) != 2:
+        raise TypeError(f"window_size={x!r} must be a pair (left, right)")
+    return _side("left", x[0]), _side("right", x[1])
+
+
+def _side(name: str, x) -> int:
+    if isinstance(x, bool) or not isinstance(x, numbers.Integral):
+        raise TypeError(f"window_size {name}={x!r} must be an integer")
+    if x < -1:
+        raise ValueError(f"window_size {name}={x} must be >= 0, or -1 for unbounded")
+    return int(x)
+
+
+def _list(x: Tensor) -> list[int]:
+    return list(x.shape)

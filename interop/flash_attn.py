@@ -1,0 +1,126 @@
+"""The functions of flash_attn 2, under its names and in its argument order.
+
+Source: Dao, FlashAttention-2 (arXiv 2307.08691); the signatures are those of flash_attn 2.6 to 2.8.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from interop import _arguments
+from interop._autograd import attention
+from interop._ops import Options
+
+Attention = Tensor | tuple[Tensor, Tensor, None]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Attention:
+    """Softmax attention in O(N) memory: `out = dropout(softmax(softcap(softmax_scale q k^T) + alibi)) v`.
+
+    Queries stand at the end of the keys: query i is at key position `i + Sk - Sq`. A query that sees no key
+    gives 0 and no gradient.
+
+    Args:
+        q: [B, Sq, H, D] in float16, bfloat16, float32 or float64, on CUDA or CPU. D <= 256.
+        k: [B, Sk, Hk, D], same dtype. H is a multiple of Hk; query head h reads head `h // (H / Hk)`.
+        v: [B, Sk, Hk, Dv], same dtype. Dv <= 256, and may differ from D.
+        dropout_p: probability of dropping a weight, in [0, 1); what is kept is scaled by 1 / (1 - dropout_p).
+            The seed is drawn from torch's default generator of the device, so `torch.manual_seed` repeats it.
+        softmax_scale: multiplies `q k^T`. Default D**-0.5.
+        causal: keys after the query's position are hidden. Combines with the window's left side.
+        window_size: (left, right): keys from `left` before to `right` after the query's position are seen,
+            both ends included. -1 on a side leaves it open.
+        softcap: scores become `softcap * tanh(scores / softcap)`, before ALiBi and masks; 0 is off.
+        alibi_slopes: float32 [H] or [B, H]; adds `-slope * |i + Sk - Sq - j|`. Has no gradient.
+        deterministic: the backward gives the same bits every run. `torch.use_deterministic_algorithms` too.
+        return_attn_probs: return (out, lse, None).
+
+    Returns:
+        out [B, Sq, H, Dv] in q's dtype, or (out, lse, None): lse [B, H, Sq] is the natural log of the softmax
+        denominator before dropout, in float32 (float64 for float64), differentiable, and -inf for a query
+        that sees no key (flash_attn: +inf). flash_attn's third value, a debugging aid of internal layout, is
+        always None.
+
+    Raises:
+        ValueError, TypeError: an argument breaks a rule above; the message names both.
+        NotImplementedError: a gradient of alibi_slopes, a second derivative or forward-mode derivative.
+        RuntimeError: JAX has no backend for the tensors' device, or a CUDA graph is being captured.
+
+    Source: Dao, FlashAttention-2 (arXiv 2307.08691).
+    """
+    left, right = _arguments.window(window_size)
+    options = Options(
+        scale=None if softmax_scale is None else _arguments.number("softmax_scale", softmax_scale),
+        left=left,
+        right=0 if causal else right,
+        softcap=_arguments.softcap(softcap),
+        dropout_p=_arguments.dropout_p(dropout_p),
+        deterministic=bool(deterministic),
+    )
+    out, lse = attention(q, k, v, options, alibi_slopes=alibi_slopes)
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Attention:
+    """`flash_attn_func(q, k, v, ...)` with k = kv[:, :, 0] and v = kv[:, :, 1] of kv [B, Sk, 2, Hk, D].
+
+    The gradient of kv is one packed tensor. Other arguments, results and errors as there.
+    """
+    k, v = _unpack("kv", kv, 2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Attention:
+    """`flash_attn_func(q, k, v, ...)` of the three slices of qkv [B, S, 3, H, D] along its third axis.
+
+    The gradient of qkv is one packed tensor. Other arguments, results and errors as there.
+    """
+    q, k, v = _unpack("qkv", qkv, 3)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def _unpack(name: str, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    _arguments.check_axes(name, x, f"[batch, seq, {parts}, heads, dim]")
+    if x.shape[2] != parts:
+        raise ValueError(f"{name}.shape={list(x.shape)} must be [batch, seq, {parts}, heads, dim]")
+    return torch.unbind(x, dim=2)
