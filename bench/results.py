@@ -57,7 +57,13 @@ class Report:
 
 def load(path: Path) -> Report:
     fields = json.loads(path.read_text())
-    return Report(**{**fields, "rows": [Row(**row) for row in fields["rows"]]})
+    return Report(**{**fields, "rows": [_row(row) for row in fields["rows"]]})
+
+
+def _row(fields: dict[str, Any]) -> Row:
+    """A row from JSON, which turns a window's pair into a list."""
+    shape = {name: tuple(x) if isinstance(x, list) else x for name, x in fields["shape"].items()}
+    return Row(**{**fields, "shape": shape})
 
 
 def new_report(device: str, matmul_tflops: float | None = None) -> Report:

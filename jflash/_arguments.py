@@ -165,7 +165,7 @@ def _square(name: str, x, full: tuple[int, int, int, int]):
     if name == "bias" and not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"bias.dtype={x.dtype.name} must be floating point; boolean masks go to mask=")
     if x.ndim == 2:
-        x = x[None, None]
+        x = _reshaped(x, (1, 1, *x.shape))
     if x.ndim != 4:
         raise ValueError(f"{name}.shape={x.shape} must have 4 axes [B, H, Sq, Sk], or 2 axes [Sq, Sk]")
     if any(n not in (1, m) for n, m in zip(x.shape, full, strict=True)):
@@ -197,7 +197,11 @@ def _per_head(name: str, x, B: int, H: int):
         raise TypeError(f"{name}.dtype={x.dtype.name} must be floating point")
     if x.shape not in ((H,), (B, H)):
         raise ValueError(f"{name}.shape={x.shape} must be [H]={[H]} or [B, H]={[B, H]}")
-    return x if x.ndim == 2 else x.reshape(1, H)
+    return x if x.ndim == 2 else _reshaped(x, (1, H))
+
+
+def _reshaped(x, shape: tuple[int, ...]):
+    return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.reshape(shape)
 
 
 def _dropout_rate(rate, key) -> float:

@@ -27,6 +27,7 @@ def attend(problem: AttentionProblem, backend: str, arrays: AttentionArrays) -> 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(problem: AttentionProblem, backend: str, arrays: AttentionArrays):
     forward = functools.partial(_forward, backend=backend)
+    problem = dataclasses.replace(problem, bias_gradient=False)
     return _fold_into_batch(forward, problem)((arrays,))
 
 
@@ -97,18 +98,32 @@ def _fold_into_batch(function, problem: AttentionProblem):
     @call.def_vmap
     def _(n, is_mapped_by_argument, operands):
         (is_mapped,) = is_mapped_by_argument
+        if n == 0:
+            return _nothing(function, problem, operands, is_mapped)
         arrays = _fold_arrays(n, problem, operands[0], is_mapped[0])
         rest = (_fold(n, problem.B, x, m) for x, m in zip(operands[1:], is_mapped[1:], strict=True))
         folded = dataclasses.replace(
             problem, B=n * problem.B, bias_shape=_shape(arrays.bias), mask_shape=_shape(arrays.mask)
         )
         results = _fold_into_batch(function, folded)((arrays, *rest))
-        one = jax.tree.map(lambda x, m: jax.eval_shape(lambda: x[0] if m else x), operands, is_mapped)
-        shapes = jax.eval_shape(functools.partial(function, problem), one)
+        shapes = _shapes_of_one(function, problem, operands, is_mapped)
         results = jax.tree.map(functools.partial(_unfold, n), results, shapes)
         return results, jax.tree.map(lambda _: True, results)
 
     return call
+
+
+def _shapes_of_one(function, problem: AttentionProblem, operands, is_mapped):
+    """What function returns for one example, as shapes."""
+    drop = lambda x, m: jax.ShapeDtypeStruct(x.shape[1:] if m else x.shape, x.dtype)  # noqa: E731
+    return jax.eval_shape(functools.partial(function, problem), jax.tree.map(drop, operands, is_mapped))
+
+
+def _nothing(function, problem: AttentionProblem, operands, is_mapped):
+    """The results of a vmap over no examples."""
+    shapes = _shapes_of_one(function, problem, operands, is_mapped)
+    empty = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), shapes)
+    return empty, jax.tree.map(lambda _: True, empty)
 
 
 def _fold_arrays(n: int, problem: AttentionProblem, arrays: AttentionArrays, is_mapped) -> AttentionArrays:

@@ -33,7 +33,8 @@ def backward(p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_lse) ->
         operands.statistic(p, t, delta, 0.0),
     )
     d_bias = None if not p.bias_gradient else jnp.zeros(g.bias.shape, lse.dtype)
-    corners = jnp.meshgrid(jnp.arange(0, p.B, t.b), jnp.arange(0, p.Hk, t.h), indexing="ij")
+    starts = (jnp.arange(0, n, step, dtype=jnp.int32) for n, step in ((p.B, t.b), (p.Hk, t.h)))
+    corners = jnp.meshgrid(*starts, indexing="ij")
     chunk = functools.partial(_chunk, p, t, g, rows)
     d_bias, (dq, dk, dv) = lax.scan(chunk, d_bias, [x.ravel() for x in corners])
     dq = jnp.moveaxis(dq, 1, 4).reshape(-1, t.b, t.h, p.group, t.nq * t.bq, p.D)
@@ -53,7 +54,7 @@ def _chunk(p: AttentionProblem, t: Tile, g: Grouped, rows, d_bias, corner):
     head = (t.b, t.h, 1, t.nk * t.bk)
     carry = (jnp.zeros((*head, p.D), wide), jnp.zeros((*head, p.Dv), wide), d_bias)
     step = functools.partial(_query_block, p, t, g, rows, b, h)
-    (dk, dv, d_bias), dq = lax.scan(step, carry, jnp.arange(t.nq))
+    (dk, dv, d_bias), dq = lax.scan(step, carry, jnp.arange(t.nq, dtype=jnp.int32))
     return d_bias, (dq, dk, dv)
 
 

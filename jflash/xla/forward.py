@@ -23,8 +23,8 @@ def forward(p: AttentionProblem, a: AttentionArrays) -> tuple[jax.Array, jax.Arr
     t = tiles.choose(p, block_q=512, block_k=512)
     g = operands.group(p, t, a)
     sinks = None if a.sinks is None else a.sinks.reshape(-1, p.Hk, p.group, 1)
-    b, h, qi = (x.ravel() for x in jnp.meshgrid(
-        jnp.arange(0, p.B, t.b), jnp.arange(0, p.Hk, t.h), jnp.arange(t.nq), indexing="ij"))
+    starts = (jnp.arange(0, n, step, dtype=jnp.int32) for n, step in ((p.B, t.b), (p.Hk, t.h), (t.nq, 1)))
+    b, h, qi = (x.ravel() for x in jnp.meshgrid(*starts, indexing="ij"))
     out, lse = lax.map(lambda task: _query_block(p, t, g, sinks, *task), (b, h, qi))
     return _join(p, t, out, axis=1), _join(p, t, lse[..., None], axis=2)[..., 0]
 

@@ -54,7 +54,7 @@ def kept(p: AttentionProblem, t: Tile, g: Grouped, at: At) -> jax.Array:
     """Which weights of a tile dropout leaves, bool [b, h, G, bq, bk]."""
     assert g.dropout_seeds is not None
     seed0, seed1 = (take(seed, at.starts(t), sizes(t)) for seed in g.dropout_seeds)
-    head = (at.h + jnp.arange(t.h))[:, None, None, None] * p.group + jnp.arange(p.group)[:, None, None]
+    head = (at.h + jnp.arange(t.h, dtype=jnp.int32))[:, None, None, None] * p.group + jnp.arange(p.group)[:, None, None]
     i = at.qi * t.bq + jnp.arange(t.bq)[:, None]
     j = at.ki * t.bk + jnp.arange(t.bk)[None, :]
     head, i, j = (x.astype(jnp.uint32) for x in (head, i, j))

@@ -10,6 +10,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.parts import ranges
@@ -71,7 +72,7 @@ def add(x: jax.Array, block: jax.Array, starts, sizes) -> jax.Array:
 
 
 def _corner(x: jax.Array, starts) -> list:
-    return [0 if n == 1 else start for start, n in zip(starts, x.shape, strict=True)]
+    return [jnp.int32(0 if n == 1 else start) for start, n in zip(starts, x.shape, strict=True)]
 
 
 def _largest_divisor(n: int, most: int) -> int:
