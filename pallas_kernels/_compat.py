@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,20 +18,20 @@ def kernel(
     *,
     name: str,
     out_type: Any,
-    scratch: Sequence[Any],
+    scratch: Mapping[str, Any],
     grid: tuple[int, ...],
     grid_names: tuple[str, ...],
     warpgroups: int,
     interpret: Interpret = None,
 ) -> Callable:
-    """body(*inputs, *outputs, *scratch) as a function of the inputs; arrays made by `accumulator` are updated in place.
+    """body(*inputs, *outputs, **scratch) as a function of the inputs; an `accumulator` is updated in place.
 
     Wgmma, fences and barriers are placed by hand in these kernels, so automatic ones are off; the lowering
     semantics are pinned because their default changed in 0.11.
     """
 
     def with_scratch(*refs):
-        pl.run_scoped(lambda *s: body(*refs, *s), *scratch, collective_axes="wg")
+        pl.run_scoped(lambda **s: body(*refs, **s), collective_axes="wg", **scratch)
 
     mesh = plgpu.Mesh(
         grid=grid,

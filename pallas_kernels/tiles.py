@@ -40,13 +40,13 @@ class BackwardTile:
 
 
 FORWARD = {
-    64: ForwardTile(block_kv=128, warpgroups=3, registers=160, producer_registers=32),
-    128: ForwardTile(block_kv=128),
+    64: ForwardTile(block_kv=128, warpgroups=3, stages=3, registers=160, producer_registers=32, persistent=True),
+    128: ForwardTile(block_kv=128, persistent=True),
 }
 
 
 BACKWARD = {
-    64: BackwardTile(block_q=128, split_rows=True),
+    64: BackwardTile(block_q=128, split_rows=True, spill_bytes=40),
     128: BackwardTile(block_q=64),
 }
 

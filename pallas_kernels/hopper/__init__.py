@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels.problem import AttentionArrays, AttentionGradients, AttentionProblem
+from pallas_kernels.tiles import padded
 
 TARGET = "sm_90"
 
@@ -17,14 +18,13 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
     reasons = (
         (p.target != TARGET, f"target={p.target} must be {TARGET}, an NVIDIA Hopper GPU"),
         (p.dtype not in ("bfloat16", "float16"), f"dtype={p.dtype} must be bfloat16 or float16"),
-        (p.D not in (64, 128), f"head_dim={p.D} must be 64 or 128"),
-        (p.D != p.Dv, f"value head_dim={p.Dv} must equal head_dim={p.D}"),
+        (p.D > 128, f"head_dim={p.D} must be <= 128"),
+        (padded(p.D) != padded(p.Dv), f"head_dim={p.D} and value head_dim={p.Dv} must pad to one multiple of 64"),
         (p.softcap is not None, f"softcap={p.softcap} is not in the kernels"),
         (p.bias_shape is not None, "bias is not in the kernels"),
         (p.mask_shape is not None, "mask is not in the kernels"),
         (p.segments, "segment_ids are not in the kernels"),
         (p.alibi, "alibi_slopes are not in the kernels"),
-        (p.sinks, "sinks are not in the kernels"),
         (p.dropout_rate > 0, f"dropout_rate={p.dropout_rate} is not in the kernels"),
         (p.deterministic and direction == "backward", "deterministic=True: dQ is summed in no fixed order"),
     )
@@ -39,7 +39,7 @@ def forward(p: AttentionProblem, a: AttentionArrays) -> tuple[jax.Array, jax.Arr
 
 
 def backward(p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_lse) -> AttentionGradients:
-    """Gradients of q, k and v."""
+    """Gradients of q, k, v and sinks."""
     from pallas_kernels.hopper.attention_gradients import attention_gradients
 
     return attention_gradients(p, a, out, lse, d_out, d_lse)

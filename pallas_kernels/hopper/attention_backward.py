@@ -119,8 +119,8 @@ def attention_backward(
     delta = rowsum(dO O) - dlse, in the same shape.
     """
     plan = make_plan(p, interpret)
-    q, d_out = (tma.at_least(x, plan.tile.block_q) for x in (a.q, d_out))
-    k, v = (tma.at_least(x, plan.tile.block_kv) for x in (a.k, a.v))
+    q, d_out = (tma.fit(x, plan.tile.block_q) for x in (a.q, d_out))
+    k, v = (tma.fit(x, plan.tile.block_kv) for x in (a.k, a.v))
     kernel = _compat.kernel(
         functools.partial(_kernel, plan),
         name="attention_backward",
@@ -132,7 +132,7 @@ def attention_backward(
         interpret=interpret,
     )
     dk, dv = kernel(q, k, v, d_out, lse2, delta, dq)
-    return dk[:, : p.Sk], dv[:, : p.Sk]
+    return dk[:, : p.Sk, :, : p.D], dv[:, : p.Sk, :, : p.Dv]
 
 
 def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
@@ -158,24 +158,24 @@ def _tile_types(plan: Plan) -> dict[str, tma.TileType]:
     }
 
 
-def _scratch(plan: Plan) -> list:
+def _scratch(plan: Plan) -> dict[str, Any]:
     p, t = plan.problem, plan.tile
     types = _tile_types(plan)
-    return [
-        *(x.scratch for x in types.values()),
-        plgpu.SMEM((t.ds_stages, t.block_kv, t.block_q), jnp.dtype(p.dtype), transforms=tma.TILED),
-        plgpu.SMEM((CONSUMERS, *plan.dq_shape[-2:]), jnp.float32),
-        plgpu.SMEM((t.stages, t.block_q), jnp.float32),
-        plgpu.SMEM((t.stages, t.block_q), jnp.float32),
-        plgpu.Barrier(num_arrivals=types["k_smem"].chunks + types["v_smem"].chunks),
-        plgpu.Barrier(num_arrivals=types["q_smem"].chunks + 1, num_barriers=t.stages),
-        plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=t.stages),
-        plgpu.Barrier(num_arrivals=types["do_smem"].chunks + 1, num_barriers=t.stages),
-        plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=t.stages),
-        plan.meeting.scratch,
-        plan.dq_full.scratch,
-        plan.dq_empty.scratch,
-    ]
+    return {
+        **{name: x.scratch for name, x in types.items()},
+        "ds_smem": plgpu.SMEM((t.ds_stages, t.block_kv, t.block_q), jnp.dtype(p.dtype), transforms=tma.TILED),
+        "dq_smem": plgpu.SMEM((CONSUMERS, *plan.dq_shape[-2:]), jnp.float32),
+        "lse_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
+        "delta_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
+        "kv_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks + types["v_smem"].chunks),
+        "q_full": plgpu.Barrier(num_arrivals=types["q_smem"].chunks + 1, num_barriers=t.stages),
+        "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=t.stages),
+        "do_full": plgpu.Barrier(num_arrivals=types["do_smem"].chunks + 1, num_barriers=t.stages),
+        "do_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=t.stages),
+        "meeting": plan.meeting.scratch,
+        "dq_full": plan.dq_full.scratch,
+        "dq_empty": plan.dq_empty.scratch,
+    }
 
 
 class Walk(NamedTuple):
@@ -194,11 +194,10 @@ class Walk(NamedTuple):
         return self.first_head + lax.div(step, each), self.rows.lo + lax.rem(step, each)
 
 
-def _kernel(plan: Plan, *refs) -> None:
+def _kernel(plan: Plan, *gmem, **scratch) -> None:
     p, t = plan.problem, plan.tile
-    refs = Refs(*refs)
-    types = _tile_types(plan)
-    refs = refs._replace(**{name: x.view(getattr(refs, name)) for name, x in types.items()})
+    tiles_smem = {name: x.view(scratch[name]) for name, x in _tile_types(plan).items()}
+    refs = Refs(*gmem, **{**scratch, **tiles_smem})
     work = plan.schedule.work(lax.axis_index("cta"))
     rows = ranges.query_blocks(p, work.block * t.block_kv, t.block_kv, t.block_q)
     walk = Walk(rows, (rows.hi - rows.lo) * p.group, work.h * p.group, p.group)

@@ -35,29 +35,30 @@ def attention_delta(plan: Plan, out, lse, d_out, d_lse) -> tuple[jax.Array, jax.
         functools.partial(_kernel, plan),
         name="attention_delta",
         out_type=(statistic, statistic, jax.ShapeDtypeStruct(plan.dq_shape, jnp.float32)),
-        scratch=[
-            tile.scratch,
-            plgpu.SMEM((2, ROWS), jnp.float32),
-            plgpu.SMEM(plan.dq_shape[-2:], jnp.float32),
-            plgpu.Barrier(num_arrivals=2 * tile.chunks + 2),
-        ],
+        scratch={
+            "tile_smem": tile.scratch,
+            "rows_smem": plgpu.SMEM((2, ROWS), jnp.float32),
+            "zero_smem": plgpu.SMEM(plan.dq_shape[-2:], jnp.float32),
+            "full": plgpu.Barrier(num_arrivals=2 * tile.chunks + 2),
+        },
         grid=(p.B * p.H * rows // ROWS,),
         grid_names=("cta",),
         warpgroups=1,
         interpret=plan.interpret,
     )
-    return kernel(*(tma.at_least(x, ROWS) for x in (out, d_out)), lse, d_lse)
+    return kernel(*(tma.fit(x, ROWS) for x in (out, d_out)), lse, d_lse)
 
 
 def _kernel(
-    plan: Plan, out_gmem, do_gmem, lse_gmem, dlse_gmem, lse2_gmem, delta_gmem, dq_gmem, smem, rows_smem, zero_smem, full
+    plan: Plan, out_gmem, do_gmem, lse_gmem, dlse_gmem, lse2_gmem, delta_gmem, dq_gmem,
+    *, tile_smem, rows_smem, zero_smem, full,
 ) -> None:
     p, t = plan.problem, plan.tile
     blocks = plan.query_blocks * t.block_q // ROWS
     index = lax.axis_index("cta")
     block, head = lax.rem(index, blocks), lax.div(index, blocks)
     b, h, row = lax.div(head, p.H), lax.rem(head, p.H), block * ROWS
-    tile = plan.tile_type(2, ROWS, p.Dv).view(smem)
+    tile = plan.tile_type(2, ROWS, p.Dv).view(tile_smem)
     here = (b, h, pl.ds(row, ROWS))
     for n, source in enumerate((out_gmem, do_gmem)):
         tile.load(source, b, row, h, n, full)

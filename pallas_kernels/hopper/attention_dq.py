@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
 from pallas_kernels.hopper.attention_backward import CONSUMERS, Plan
-from pallas_kernels.parts import register_order
+from pallas_kernels.parts import register_order, tma
 
 
 def attention_dq(plan: Plan, dq: jax.Array) -> jax.Array:
@@ -27,22 +27,22 @@ def attention_dq(plan: Plan, dq: jax.Array) -> jax.Array:
     kernel = _compat.kernel(
         functools.partial(_kernel, plan),
         name="attention_dq",
-        out_type=jax.ShapeDtypeStruct((p.B, max(p.Sq, t.block_q), p.H, p.D), dtype),
-        scratch=[
-            plgpu.SMEM((CONSUMERS, *plan.dq_shape[-2:]), jnp.float32),
-            out_type.scratch,
-            plgpu.Barrier(num_barriers=CONSUMERS),
-            plan.meeting.scratch,
-        ],
+        out_type=jax.ShapeDtypeStruct((p.B, max(p.Sq, t.block_q), p.H, tma.fitted(p.D)), dtype),
+        scratch={
+            "dq_smem": plgpu.SMEM((CONSUMERS, *plan.dq_shape[-2:]), jnp.float32),
+            "out_smem": out_type.scratch,
+            "full": plgpu.Barrier(num_barriers=CONSUMERS),
+            "met": plan.meeting.scratch,
+        },
         grid=(p.B * p.H * plan.query_blocks,),
         grid_names=("cta",),
         warpgroups=CONSUMERS,
         interpret=plan.interpret,
     )
-    return kernel(dq)[:, : p.Sq]
+    return kernel(dq)[:, : p.Sq, :, : p.D]
 
 
-def _kernel(plan: Plan, dq_gmem, out_gmem, dq_smem, out_smem, full, met) -> None:
+def _kernel(plan: Plan, dq_gmem, out_gmem, *, dq_smem, out_smem, full, met) -> None:
     p, t = plan.problem, plan.tile
     index, wg = lax.axis_index("cta"), lax.axis_index("wg")
     block = lax.rem(index, jnp.int32(plan.query_blocks))

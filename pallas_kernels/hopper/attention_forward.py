@@ -58,8 +58,6 @@ class Plan:
     @property
     def table(self) -> np.ndarray:
         """What persistent CTAs take: a tile costs its key blocks, and about one more for its two ends."""
-        if not self.schedule.persistent:
-            return np.zeros((1, 1), np.int32)
         with jax.ensure_compile_time_eval():
             first = jnp.arange(self.schedule.blocks) * self.tile.rows
             keys = ranges.key_blocks(self.problem, first, self.tile.rows, self.tile.block_kv)
@@ -72,10 +70,11 @@ class Plan:
 
 
 class Refs(NamedTuple):
+    """What a kernel sees; a feature that was not asked for is None."""
+
     q_gmem: Any
     k_gmem: Any
     v_gmem: Any
-    table_gmem: Any
     out_gmem: Any
     lse_gmem: Any
     q_smem: Any
@@ -90,6 +89,8 @@ class Refs(NamedTuple):
     v_full: Any
     v_empty: Any
     turn: Any
+    table_gmem: Any = None
+    sinks_gmem: Any = None
 
 
 def attention_forward(
@@ -97,14 +98,19 @@ def attention_forward(
 ) -> tuple[jax.Array, jax.Array]:
     """out [B, Sq, H, Dv] in the input dtype and lse [B, H, Sq] in float32."""
     plan = make_plan(p, interpret)
-    q = tma.at_least(a.q, plan.tile.rows)
-    k, v = (tma.at_least(x, plan.tile.block_kv) for x in (a.k, a.v))
+    q = tma.fit(a.q, plan.tile.rows)
+    k, v = (tma.fit(x, plan.tile.block_kv) for x in (a.k, a.v))
     lse_rows = plan.schedule.blocks * plan.tile.rows
+    inputs = {"q_gmem": q, "k_gmem": k, "v_gmem": v}
+    if plan.schedule.persistent:
+        inputs["table_gmem"] = plan.table
+    if a.sinks is not None:
+        inputs["sinks_gmem"] = a.sinks.astype(jnp.float32) * softmax.LOG2E
     kernel = _compat.kernel(
-        functools.partial(_kernel, plan),
+        functools.partial(_kernel, plan, (*inputs, "out_gmem", "lse_gmem")),
         name="attention_forward",
         out_type=(
-            jax.ShapeDtypeStruct((p.B, q.shape[1], p.H, p.Dv), q.dtype),
+            jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype),
             jax.ShapeDtypeStruct((p.B, p.H, lse_rows), jnp.float32),
         ),
         scratch=_scratch(plan),
@@ -113,8 +119,8 @@ def attention_forward(
         warpgroups=barriers.warpgroups(plan.tile.warpgroups, 1, interpret),
         interpret=interpret,
     )
-    out, lse = kernel(q, k, v, plan.table)
-    return out[:, : p.Sq], lse[:, :, : p.Sq]
+    out, lse = kernel(*inputs.values())
+    return out[:, : p.Sq, :, : p.Dv], lse[:, :, : p.Sq]
 
 
 def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
@@ -132,21 +138,21 @@ def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
     return Plan(p, tile, order, tma.is_ragged(p), interpret)
 
 
-def _scratch(plan: Plan) -> list:
+def _scratch(plan: Plan) -> dict[str, Any]:
     t = plan.tile
     types = _tile_types(plan)
-    own = [x.scratch for name, x in types.items() if not (t.out_in_q and name == "out_smem")]
-    return [
-        *own,
-        plgpu.SMEM((t.warpgroups, 64), jnp.float32),
-        plgpu.Barrier(num_arrivals=t.warpgroups * types["q_smem"].chunks),
-        plgpu.Barrier(num_arrivals=t.warpgroups),
-        plgpu.Barrier(num_arrivals=types["k_smem"].chunks, num_barriers=t.stages),
-        plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
-        plgpu.Barrier(num_arrivals=types["v_smem"].chunks, num_barriers=t.stages),
-        plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
-        plan.turn.scratch,
-    ]
+    smem = {name: x.scratch for name, x in types.items() if not (t.out_in_q and name == "out_smem")}
+    return {
+        **smem,
+        "lse_smem": plgpu.SMEM((t.warpgroups, 64), jnp.float32),
+        "q_full": plgpu.Barrier(num_arrivals=t.warpgroups * types["q_smem"].chunks),
+        "q_empty": plgpu.Barrier(num_arrivals=t.warpgroups),
+        "k_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks, num_barriers=t.stages),
+        "k_empty": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
+        "v_full": plgpu.Barrier(num_arrivals=types["v_smem"].chunks, num_barriers=t.stages),
+        "v_empty": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
+        "turn": plan.turn.scratch,
+    }
 
 
 def _tile_types(plan: Plan) -> dict[str, tma.TileType]:
@@ -159,13 +165,11 @@ def _tile_types(plan: Plan) -> dict[str, tma.TileType]:
     }
 
 
-def _kernel(plan: Plan, *refs) -> None:
+def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     if plan.tile.out_in_q:
-        q = Refs._fields.index("q_smem")
-        out = Refs._fields.index("out_smem")
-        refs = (*refs[:out], refs[q], *refs[out:])
-    refs = Refs(*refs)
-    refs = refs._replace(**{name: x.view(getattr(refs, name)) for name, x in _tile_types(plan).items()})
+        scratch["out_smem"] = scratch["q_smem"]
+    tiles_smem = {name: x.view(scratch[name]) for name, x in _tile_types(plan).items()}
+    refs = Refs(**dict(zip(names, gmem, strict=True)), **{**scratch, **tiles_smem})
     wg = lax.axis_index("wg")
     consume = functools.partial(_consumer, plan, refs, wg)
     produce = functools.partial(_producer, plan, refs)
@@ -244,7 +248,7 @@ def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
     """Attention of this consumer's 64 rows; returns the key blocks done so far."""
     keys = _keys(plan, work)
     plgpu.barrier_wait(refs.q_full)
-    rows = Rows(wg, work.block * plan.tile.rows + wg * 64, keys, done)
+    rows = Rows(wg, work.block * plan.tile.rows + wg * 64, keys, done, _start(refs, work))
     steps = keys.hi - keys.lo
     carry = lax.fori_loop(1, steps, functools.partial(_step, plan, refs, rows), _first(plan, refs, rows))
     if not plan.tile.out_in_q:
@@ -257,6 +261,14 @@ def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
     return done + steps
 
 
+def _start(refs: Refs, work: Work) -> Softmax:
+    """No key yet, or as if there had been one: a sink, whose value is 0."""
+    if refs.sinks_gmem is None:
+        return softmax.start(64)
+    b = 0 if refs.sinks_gmem.shape[0] == 1 else work.b
+    return softmax.start(64, refs.sinks_gmem[b, work.h], 1.0)
+
+
 class Rows(NamedTuple):
     """The query rows of one consumer, the key blocks they take, and how many blocks came before those."""
 
@@ -264,6 +276,7 @@ class Rows(NamedTuple):
     first: jax.Array
     keys: Range
     done: Any
+    start: Softmax  # before any key
 
     def block(self, step):
         """The key block of a step, last first."""
@@ -290,7 +303,7 @@ def _first(plan: Plan, refs: Refs, rows: Rows) -> Carry:
 
     s = pl.run_scoped(product, plgpu.ACC((64, t.block_kv), jnp.float32))
     plgpu.barrier_arrive(refs.k_empty.at[slot])
-    state, weights, _ = _softmax(plan, rows, 0, softmax.start(64), s)
+    state, weights, _ = _softmax(plan, rows, 0, rows.start, s)
     acc = plgpu.layout_cast(jnp.zeros((64, tiles.padded(p.Dv)), jnp.float32), WGMMA)
     return Carry(acc, weights, state)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import _compat
 from pallas_kernels.hopper import attention_backward
 from pallas_kernels.hopper.attention_delta import attention_delta
 from pallas_kernels.hopper.attention_dq import attention_dq
+from pallas_kernels.parts.softmax import LOG2E
 from pallas_kernels.problem import AttentionArrays, AttentionGradients, AttentionProblem
 
 
@@ -22,4 +24,14 @@ def attention_gradients(
     lse2, delta, zeros = attention_delta(plan, out, lse, d_out, d_lse)
     dq = _compat.accumulator(zeros)
     dk, dv = attention_backward.attention_backward(p, a, d_out, lse2, delta, dq, interpret=interpret)
-    return AttentionGradients(q=attention_dq(plan, dq[...]), k=dk, v=dv)
+    d_sinks = None if a.sinks is None else _sink_gradient(p, a.sinks, lse2, delta)
+    return AttentionGradients(q=attention_dq(plan, dq[...]), k=dk, v=dv, sinks=d_sinks)
+
+
+def _sink_gradient(p: AttentionProblem, sinks, lse2, delta) -> jax.Array:
+    """A sink is one more key of weight exp(sink - lse) and value 0, so its dS is -weight delta."""
+    weight = jnp.exp2(sinks[:, :, None].astype(jnp.float32) * LOG2E - lse2)
+    d_sinks = -(weight * delta)[:, :, : p.Sq].sum(axis=-1)
+    if sinks.shape[0] == 1:
+        d_sinks = d_sinks.sum(axis=0, keepdims=True)
+    return d_sinks.astype(sinks.dtype)

@@ -124,11 +124,17 @@ def product(acc, weights, y: Tiles, n) -> int:
     return y.type.chunks
 
 
-def at_least(x: jax.Array, rows: int) -> jax.Array:
-    """x [B, S, H, D] with at least as many rows as a tile: a TMA box may not be longer than the tensor."""
-    return jnp.pad(x, ((0, 0), (0, max(0, rows - x.shape[1])), (0, 0), (0, 0)))
+def fit(x: jax.Array, rows: int) -> jax.Array:
+    """x [B, S, H, D] padded to what TMA takes: at least the rows and columns of a box, columns in 16 bytes."""
+    pad_rows, pad_columns = max(0, rows - x.shape[1]), fitted(x.shape[3]) - x.shape[3]
+    return jnp.pad(x, ((0, 0), (0, pad_rows), (0, 0), (0, pad_columns)))
+
+
+def fitted(head_dim: int) -> int:
+    """Columns of an array that `fit` has padded."""
+    return max(CHUNK, 8 * -(-head_dim // 8))
 
 
 def is_ragged(p: AttentionProblem) -> bool:
     """Whether the lengths or head dims are such that TMA needs a view of its own."""
-    return any(n % 8 for n in (p.Sq, p.Sk)) or any(d % CHUNK for d in (p.D, p.Dv))
+    return any(n % 8 for n in (p.Sq, p.Sk)) or any(fitted(d) % CHUNK for d in (p.D, p.Dv))

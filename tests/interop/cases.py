@@ -3,18 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jflash
 from tests.oracle import assert_close
-
-float64 = pytest.mark.xfail(
-    strict=True,
-    raises=TypeError,
-    reason="jflash/xla mixes int32 and int64 indices under jax_enable_x64; remove this mark once it does not",
-)
 
 
 def qkv(seed=0, dtype=torch.float32, *, B=2, Sq=21, Sk=None, H=4, Hk=2, D=16, Dv=None, grad=True):

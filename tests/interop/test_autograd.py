@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from interop import _autograd, flash_attn_func, scaled_dot_product_attention
-from tests.interop.cases import Recorded, by_definition, float64, gradients, qkv
+from tests.interop.cases import Recorded, by_definition, gradients, qkv
 
 
 def attend(*tensors, **options):
@@ -23,14 +23,12 @@ def examples(n=3, **shape):
     return [x.unflatten(0, (n, -1)) for x in qkv(1, B=2 * n, Sq=8, D=4, grad=False, **shape)]
 
 
-@float64
 @pytest.mark.parametrize("options", [{"causal": True}, {"window_size": (2, 1), "softcap": 2.0}], ids=str)
 def test_gradcheck(options):
     """Of both outputs in float64, one at a time and many at once."""
     assert torch.autograd.gradcheck(lambda *t: attend(*t, **options), small(), check_batched_grad=True)
 
 
-@float64
 def test_gradcheck_of_a_bias():
     q, k, v = (x.transpose(1, 2) for x in small())
     bias = torch.randn(2, 1, 6, dtype=torch.float64, requires_grad=True)

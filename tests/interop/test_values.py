@@ -12,7 +12,6 @@ from tests.interop.cases import (
     by_definition,
     by_jax,
     dropout_key,
-    float64,
     gradients,
     qkv,
 )
@@ -41,7 +40,7 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(x, marks=float64 if x == "float64" else ()) for x in SAME])
+@pytest.mark.parametrize("name", SAME)
 def test_same_bits_as_jax(name):
     dtype, shape, options, jax_options = SAME[name]
     tensors = qkv(1, dtype, **shape)
