@@ -59,7 +59,7 @@ class Attention(nnx.Module):
         q, k, v = jnp.unstack(self.qkv(x).reshape(B, S, 3, self.heads, -1), axis=2)
         slopes = jnp.asarray(alibi_slopes(self.heads))
         mixed = jflash.flash_attention(q, k, v, causal=True, alibi_slopes=slopes)
-        return self.out(mixed.reshape(B, S, width))  # pyright: ignore[reportAttributeAccessIssue]
+        return self.out(mixed.reshape(B, S, width))
 
 
 class Block(nnx.Module):
@@ -185,7 +185,7 @@ def layer_in_torch(layer: Attention, x: jax.Array, cotangent: jax.Array) -> tupl
     stream = tensor(x).requires_grad_()
     q, k, v = (stream @ tensor(layer.qkv.kernel[...])).view(B, S, 3, layer.heads, -1).unbind(2)
     mixed = flash_attn_func(q, k, v, causal=True, alibi_slopes=tensor(alibi_slopes(layer.heads)))
-    mixed = mixed.reshape(B, S, width)  # pyright: ignore[reportAttributeAccessIssue]
+    mixed = mixed.reshape(B, S, width)
     out = mixed @ tensor(layer.out.kernel[...])
     (gradient,) = torch.autograd.grad(out, stream, tensor(cotangent))
     return out.detach().cpu().numpy(), gradient.cpu().numpy()

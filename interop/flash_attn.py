@@ -5,14 +5,16 @@ Source: Dao, FlashAttention-2 (arXiv 2307.08691); the signatures are those of fl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from interop import _arguments
-from interop._autograd import attention
-from interop._ops import Options
+from interop.attention import attention
+from interop.ops import Options
 
-Attention = Tensor | tuple[Tensor, Tensor, None]
+Attention = Tensor | Any  # (out, lse, None) with return_attn_probs; Any spares other callers a cast
 
 
 def flash_attn_func(

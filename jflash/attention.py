@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypedDict, Unpack, overload
+
 import jax
 
 from jflash import backends
@@ -9,6 +11,41 @@ from jflash._arguments import bind
 from jflash._op import attend
 
 
+class _Options(TypedDict, total=False):
+    """The arguments of `flash_attention` that leave its type alone."""
+
+    scale: float | None
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    softcap: float | None
+    bias: jax.Array | None
+    mask: jax.Array | None
+    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None
+    alibi_slopes: jax.Array | None
+    sinks: jax.Array | None
+    dropout_rate: float
+    dropout_key: jax.Array | None
+    deterministic: bool
+    implementation: str | None
+
+
+@overload
+def flash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> jax.Array: ...
+@overload
+def flash_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, return_lse: Literal[True], **options: Unpack[_Options]
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def flash_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, return_lse: bool, **options: Unpack[_Options]
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 def flash_attention(
     q: jax.Array,
     k: jax.Array,
@@ -47,7 +84,7 @@ def flash_attention(
         mask: bool, True = visible, of the same shapes as bias.
         segment_ids: integers [B, S], or a pair for queries [B, Sq] and keys [B, Sk]; a query sees only keys
             of its own segment.
-        alibi_slopes: [H] or [B, H]; adds `-slope * |i + Sk - Sq - j|`. Has no gradient: differentiating raises.
+        alibi_slopes: [H] or [B, H]; adds `-slope * |i + Sk - Sq - j|`. No gradient: differentiating raises.
         sinks: [H] or [B, H]; one more logit for every row, with value 0: `exp(sink)` joins the denominator
             (and lse). Differentiable.
         dropout_rate: probability of dropping a weight, in [0, 1); what is kept is scaled by 1 / (1 - rate).
@@ -78,13 +115,15 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
-def why_not(q, k, v, *, implementation: str, direction="forward", target: str | None = None, **options) -> str | None:
+def why_not(
+    q, k, v, *, implementation: str, direction="forward", target: str | None = None, **options
+) -> str | None:
     """Why a backend cannot take a call in a direction, or None if it can.
 
     Args:
         q, k, v, options: as for `flash_attention`; `jax.ShapeDtypeStruct`s will do.
         implementation: the backend's name. direction: "forward" or "backward".
-        target: where it would run: "cpu", or a compute capability such as "sm_90". Default: where it would now.
+        target: where it would run: "cpu", or a compute capability such as "sm_90". Default: where it is.
     """
     problem, _ = bind(q, k, v, target=target, **options)
     if direction not in backends.DIRECTIONS:
@@ -96,10 +135,18 @@ def explain(q, k, v, *, target: str | None = None, **options) -> str:
     """One line for each backend and direction: used, free to use, or why not. Arguments as for `why_not`."""
     problem, _ = bind(q, k, v, target=target, **options)
     chosen = backends.choose(problem, None)
-    lines = []
-    for backend in backends.BACKENDS:
-        for direction in backends.DIRECTIONS:
-            verdict = "used" if backend.name == chosen else "can, but a faster backend is used"
-            reason = backend.why_not(problem, direction)
-            lines.append(f"{backend.name:<10} {direction:<9} {'no: ' + reason if reason else verdict}")
-    return "\n".join(lines)
+    return "\n".join(
+        f"{backend.name:<10} {direction:<9} {_verdict(backend, problem, direction, chosen)}"
+        for backend in backends.BACKENDS
+        for direction in backends.DIRECTIONS
+    )
+
+
+def _verdict(backend: backends.Backend, problem, direction: backends.Direction, chosen: str) -> str:
+    reason = backend.why_not(problem, direction)
+    if reason:
+        return f"no: {reason}"
+    if backend.name == chosen:
+        return "used"
+    only = backends.why_not(backend, problem) is not None
+    return f"can, but only {direction}" if only else "can, but a faster backend is used"
