@@ -13,9 +13,8 @@ MAX_HEAD_DIM = 256
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Dtypes and shapes of [B, Sq, H, D], [B, Sk, Hk, D], [B, Sk, Hk, Dv]."""
+    """Dtypes, shapes and devices of [B, Sq, H, D], [B, Sk, Hk, D], [B, Sk, Hk, Dv]."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_axes(name, x, "[batch, seq, heads, dim]")
         if x.dtype not in _DTYPES:
             raise TypeError(f"{name}.dtype={x.dtype} must be one of {', '.join(map(str, _DTYPES))}")
     if not q.dtype == k.dtype == v.dtype:
@@ -32,12 +31,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     H, Hk = q.shape[2], k.shape[2]
     if H < 1 or Hk < 1 or H % Hk:
         raise ValueError(f"query heads={H} must be a multiple of key/value heads={Hk}")
-
-
-def check_devices(q: Tensor, **others: Tensor | None) -> None:
-    for name, x in others.items():
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name}.device={x.device} must be {q.device}, as of the queries")
+    for name, x in (("k", k), ("v", v)):
+        _check_device(name, x, q)
 
 
 def check_axes(name: str, x: Tensor, axes: str) -> None:
@@ -52,17 +47,52 @@ def _check_tensor(name: str, x) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}")
 
 
+def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name}.device={x.device} must be {q.device}, as of the queries")
+
+
 def slopes(x: Tensor, q: Tensor) -> Tensor:
     """alibi_slopes [H] or [B, H] -> [1, H] or [B, H]."""
-    _check_tensor("alibi_slopes", x)
-    B, _, H, _ = q.shape
+    x = _per_head("alibi_slopes", x, q)
     if x.dtype != torch.float32:
         raise TypeError(f"alibi_slopes.dtype={x.dtype} must be torch.float32")
     if x.requires_grad:
         raise NotImplementedError("alibi_slopes has no gradient: detach it, or pass the bias as attn_mask")
+    return x
+
+
+def sinks(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """sinks [H] or [B, H] -> [1, H] or [B, H]."""
+    x = _per_head("sinks", x, q)
+    if x.dtype not in (torch.float32, q.dtype):
+        raise TypeError(f"sinks.dtype={x.dtype} must be torch.float32 or the inputs' {q.dtype}")
+    if k.shape[1] == 0:
+        raise ValueError(f"k.shape={_list(k)} must have a key where there are sinks")
+    return x
+
+
+def _per_head(name: str, x: Tensor, q: Tensor) -> Tensor:
+    _check_tensor(name, x)
+    B, _, H, _ = q.shape
     if _list(x) not in ([H], [B, H]):
-        raise ValueError(f"alibi_slopes.shape={_list(x)} must be [H]={[H]} or [B, H]={[B, H]}")
+        raise ValueError(f"{name}.shape={_list(x)} must be [H]={[H]} or [B, H]={[B, H]}")
+    _check_device(name, x, q)
     return x.reshape(-1, H)
+
+
+def segments(pair: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> list[Tensor]:
+    """Integers [B, Sq] and [B, Sk] -> int32."""
+    found = []
+    for name, x, like in (("query", pair[0], q), ("key", pair[1], k)):
+        _check_tensor(f"{name} segment_ids", x)
+        if x.is_floating_point() or x.is_complex():
+            raise TypeError(f"{name} segment_ids.dtype={x.dtype} must be an integer type")
+        if x.shape != like.shape[:2]:
+            raise ValueError(f"{name} segment_ids.shape={_list(x)} must be [B, S]={_list(like)[:2]}")
+        _check_device(f"{name} segment_ids", x, q)
+        found.append(x.to(torch.int32))
+    return found
 
 
 def square(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -74,6 +104,7 @@ def square(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
     lead = 4 - x.dim()
     if lead < 0 or any(n not in (1, m) for n, m in zip(x.shape, full[lead:], strict=True)):
         raise ValueError(f"{name}.shape={_list(x)} must broadcast to [B, H, Sq, Sk]={full}")
+    _check_device(name, x, q)
     return x.reshape([1] * lead + _list(x))
 
 

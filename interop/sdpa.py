@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from interop import _arguments
-from interop._autograd import attention
-from interop._ops import Options
+from interop.attention import attention
+from interop.ops import Options
 
 
 def scaled_dot_product_attention(

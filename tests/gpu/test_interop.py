@@ -15,10 +15,10 @@ if not torch.cuda.is_available():
     pytest.skip("needs a torch with CUDA", allow_module_level=True)
 
 import jflash  # noqa: E402
-from interop import _bridge, flash_attn_func, flash_attn_qkvpacked_func, scaled_dot_product_attention  # noqa: E402
+from interop import bridge, flash_attn_func, flash_attn_qkvpacked_func, scaled_dot_product_attention  # noqa: E402
 from tests.oracle import assert_close  # noqa: E402
 
-_bridge.load_jax()  # its memory settings must be there before JAX looks at the GPU
+bridge.load_jax()  # its memory settings must be there before JAX looks at the GPU
 CUDA = torch.device("cuda", 0)
 SHORT, LONG = 20_000_000, 2_000_000_000  # cycles of sleep: about 10 ms and 1 s
 
@@ -40,11 +40,11 @@ def same(x: "torch.Tensor", y: jax.Array) -> bool:
 
 def test_no_copy():
     x = torch.randn(4, 1024, device=CUDA)
-    (array,) = _bridge.to_jax([x], CUDA)
+    (array,) = bridge.to_jax([x], CUDA)
     assert array.unsafe_buffer_pointer() == x.data_ptr()
-    (back,) = _bridge.to_torch([array], CUDA)
+    (back,) = bridge.to_torch([array], CUDA)
     assert back.data_ptr() == x.data_ptr()
-    assert _bridge._fast_dlpack(CUDA) is not None, "JAX's entry points below jax.dlpack have changed"
+    assert bridge.entry_points(CUDA) is not None, "JAX's entry points below jax.dlpack have changed"
 
 
 CASES = {
@@ -205,14 +205,14 @@ def test_output_may_go_while_another_stream_reads_it():
             torch.cuda._sleep(SHORT)
             copy = out.clone()
             del out
-        assert len(_bridge._graveyard)
+        assert len(bridge.graveyard)
         for _ in range(6):  # would be given the memory of `out`
             flash_attn_func(*others)
         side.synchronize()
         assert torch.equal(copy, expected)
     torch.cuda.synchronize()
     flash_attn_func(*others)
-    assert len(_bridge._graveyard) <= 2
+    assert len(bridge.graveyard) <= 2
 
 
 def test_jax_memory_does_not_grow():
@@ -271,7 +271,7 @@ def test_cpu_tensors_stay_on_the_cpu():
         platforms.extend(device.platform for device in x.devices())
         return (x,)
 
-    _bridge.call(look, tensors[:1])
+    bridge.call(look, tensors[:1])
     assert platforms == ["cpu"]
     out = flash_attn_func(*tensors, causal=True)
     assert out.device.type == "cpu"

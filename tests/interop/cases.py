@@ -29,9 +29,12 @@ def gradients(outputs, inputs) -> list[torch.Tensor]:
     return list(torch.autograd.grad(outputs, inputs, weights))
 
 
-def by_jax(tensors, outputs=2, **options) -> list[torch.Tensor]:
-    """out (and lse) and gradients of q, k, v (and bias) under `gradients`' weights, by jflash on copies."""
-    names = ("q", "k", "v", "bias")[: len(tensors)]
+def by_jax(tensors, names=(), outputs=2, **options) -> list[torch.Tensor]:
+    """out (and lse) and gradients of all tensors under `gradients`' weights, by jflash on copies.
+
+    The tensors are q, k, v and, if there are more, those that `names` names.
+    """
+    names = ("q", "k", "v", *names)
     cpu = jax.local_devices(backend="cpu")[0]
     with jax.default_device(cpu), jax.enable_x64(tensors[0].dtype == torch.float64):
         arrays = [_to_jax(x) for x in tensors]

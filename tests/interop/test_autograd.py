@@ -5,7 +5,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from interop import _autograd, flash_attn_func, scaled_dot_product_attention
+from interop import flash_attn_func, ops, scaled_dot_product_attention
+from interop.attention import attention
 from tests.interop.cases import Recorded, by_definition, gradients, qkv
 
 
@@ -37,6 +38,13 @@ def test_gradcheck_of_a_bias():
         return scaled_dot_product_attention(*tensors, enable_gqa=True)
 
     assert torch.autograd.gradcheck(f, (q, k, v, bias))
+
+
+def test_gradcheck_of_sinks():
+    q, k, v = small()
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    f = lambda q, k, v, s: attention(q, k, v, ops.Options(right=0), sinks=s)  # noqa: E731
+    assert torch.autograd.gradcheck(f, (q, k, v, sinks), check_batched_grad=True)
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2])
@@ -113,6 +121,24 @@ def test_vmap_of_a_bias_gradient(mapped):
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mapped", [True, False])
+def test_vmap_of_sinks_and_segments(mapped):
+    """Each example has its own gradient, also of sinks that all share; segments are always its own."""
+    q, k, v = examples()
+    sinks = torch.randn(3, 4) if mapped else torch.randn(4)
+    ids = torch.randint(2, (3, 2, 8))
+
+    def loss(sinks, q, k, v, ids):
+        out, lse = attention(q, k, v, ops.Options(right=0), segment_ids=(ids, ids), sinks=sinks)
+        return out.square().sum() + lse.sin().sum()
+
+    grad = torch.func.grad(loss, argnums=(0, 1))
+    found = torch.vmap(grad, (0 if mapped else None, 0, 0, 0, 0))(sinks, q, k, v, ids)
+    each = [grad(sinks[i] if mapped else sinks, q[i], k[i], v[i], ids[i]) for i in range(3)]
+    for x, y in zip(found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(x, torch.stack(y), atol=1e-5, rtol=1e-5)
+
+
 def test_vmap_of_slopes_and_masks():
     q, k, v = examples(Hk=4)
     slopes = torch.rand(3, 4)
@@ -136,18 +162,16 @@ def test_vmap_of_dropout_draws_as_told():
     assert torch.equal(same[0], same[1])
     different = torch.vmap(drop, randomness="different")(q, k, v)
     assert not torch.equal(different[0], different[1])
-    torch.manual_seed(0)
     words = torch.randint(-(2**31), 2**31, (3, 1, 2), dtype=torch.int32)
+
+    def with_key(q, k, v, words):
+        return ops.attention_forward(*ops.Operands(q, k, v, dropout_seed=words), *ops.Options(dropout_p=0.5))[
+            0
+        ]
+
+    together = torch.vmap(with_key)(q, k, v, words)
     for i in range(3):  # each example is what its own key gives alone
-        alone, _ = torch.ops.jflash.attention_forward(
-            q[i], k[i], v[i], None, None, None, words[i], None, -1, -1, 0.0, 0.5, False
-        )
-        together, _ = torch.vmap(
-            lambda q, k, v, w: torch.ops.jflash.attention_forward(
-                q, k, v, None, None, None, w, None, -1, -1, 0.0, 0.5, False
-            )
-        )(q, k, v, words)
-        torch.testing.assert_close(together[i], alone)
+        torch.testing.assert_close(together[i], with_key(q[i], k[i], v[i], words[i]))
     with pytest.raises(RuntimeError, match="randomness"):
         torch.vmap(drop)(q, k, v)
 
@@ -210,8 +234,9 @@ def test_autocast():
     mixed = (q, k.detach().half(), v.detach().bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = flash_attn_func(*mixed)
-        assert [x.dtype for x in _autograd._autocast(q.double(), k)] == [torch.float64, torch.bfloat16]
+        wide = flash_attn_func(*(x.double() for x in (q, k, v)))
     assert torch.equal(out, flash_attn_func(*(x.bfloat16() for x in mixed)))
+    assert torch.equal(wide, flash_attn_func(*(x.double() for x in (q, k, v)))), "float64 stays as it is"
     (dq,) = gradients(out, [q])
     assert dq.dtype == torch.float32
     assert torch.isfinite(dq).all()

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import interop
-from interop import _bridge, _ops, flash_attn_func
+from interop import bridge, flash_attn_func, ops
 from tests.interop.cases import qkv
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ LAYOUTS = {
 
 def run(code: str) -> str:
     """stdout of a fresh interpreter without JAX's memory settings."""
-    inherited = {name: x for name, x in os.environ.items() if name not in _bridge._MEMORY_SETTINGS}
+    inherited = {name: x for name, x in os.environ.items() if name not in bridge.MEMORY_SETTINGS}
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=inherited, check=False
     )
@@ -52,12 +52,12 @@ def run(code: str) -> str:
 def test_any_layout_reaches_jax_row_major(name):
     x = LAYOUTS[name]()
     before = x.clone()
-    ready = _bridge.canonical(x)
+    ready = bridge.canonical(x)
     assert ready.data_ptr() % 64 == 0
-    (array,) = _bridge.to_jax([ready], CPU)
+    (array,) = bridge.to_jax([ready], CPU)
     assert array.unsafe_buffer_pointer() == ready.data_ptr()
     assert array.format.layout.major_to_minor == (0, 1, 2, 3)
-    (back,) = _bridge.to_torch([array], CPU)
+    (back,) = bridge.to_torch([array], CPU)
     assert torch.equal(back, before)
     expected = flash_attn_func(*(x.resolve_neg().contiguous().clone() for _ in range(3)), causal=True)
     assert torch.equal(flash_attn_func(x, x, x, causal=True), expected)
@@ -67,34 +67,33 @@ def test_any_layout_reaches_jax_row_major(name):
 def test_layouts_share_one_compilation():
     q, k, v = qkv(0, grad=False)
     flash_attn_func(q, k, v)
-    kernels = _ops._kernels()
-    compiled = kernels._forward._cache_size()
+    programs = len(ops.kernels().compiled)
     q_aside, k_aside, v_aside = (torch.cat([x, x], dim=-1)[..., :16] for x in (q, k, v))
     misaligned = torch.cat([q.new_zeros(1), q.flatten()])[1:].view(q.shape)
     for tensors in ((q_aside, k_aside, v_aside), (misaligned, k, v), (q.clone().requires_grad_(), k, v)):
         flash_attn_func(*tensors)
-    assert kernels._forward._cache_size() == compiled
+    assert len(ops.kernels().compiled) == programs
 
 
 def test_entry_points_are_the_ones_asked_for():
     public = os.environ.get("JFLASH_PUBLIC_DLPACK") == "1"
-    assert (_bridge._fast_dlpack(CPU) is None) == public
+    assert (bridge.entry_points(CPU) is None) == public
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int32])
 def test_no_copy(dtype):
     x = (random(4, 64) * 10).to(dtype)
-    (array,) = _bridge.to_jax([x], CPU)
+    (array,) = bridge.to_jax([x], CPU)
     assert array.unsafe_buffer_pointer() == x.data_ptr()
     assert array.dtype.name == str(dtype).removeprefix("torch.")
-    (back,) = _bridge.to_torch([array], CPU)
+    (back,) = bridge.to_torch([array], CPU)
     assert back.data_ptr() == x.data_ptr()
     assert back.dtype == dtype
 
 
 def test_absent_tensors_stay_absent():
     x = random(3)
-    array, nothing = _bridge.to_jax([x, None], CPU)
+    array, nothing = bridge.to_jax([x, None], CPU)
     assert nothing is None
     assert array.tolist() == x.tolist()
 
@@ -103,8 +102,8 @@ def test_absent_tensors_stay_absent():
 def test_64_bits_are_never_truncated(dtype):
     x = torch.arange(5).to(dtype) * 2**30 + 1
     with pytest.raises(TypeError, match=f"dtype={dtype} needs jax_enable_x64"):
-        _bridge.to_jax([x], CPU)
-    (y,) = _bridge.call(lambda a: (a * 2,), [x], x64=True)
+        bridge.to_jax([x], CPU)
+    (y,) = bridge.call(lambda a: (a * 2,), [x], x64=True)
     assert y.dtype == dtype
     assert torch.equal(y, x * 2)
     assert not jax.config.jax_enable_x64
@@ -175,20 +174,20 @@ class Event:
 
 def test_buried_arrays_wait_for_their_event(monkeypatch):
     first, second = Event(), Event()
-    monkeypatch.setattr(_bridge, "_graveyard", collections.deque([("a", CPU, first), ("b", CPU, second)]))
+    monkeypatch.setattr(bridge, "graveyard", collections.deque([("a", CPU, first), ("b", CPU, second)]))
     second.over = True
-    _bridge._sweep()
-    assert [name for name, *_ in _bridge._graveyard] == ["a", "b"]
+    bridge.sweep()
+    assert [name for name, *_ in bridge.graveyard] == ["a", "b"]
     first.over = True
-    _bridge._sweep()
-    assert not _bridge._graveyard
+    bridge.sweep()
+    assert not bridge.graveyard
 
 
 def test_array_buried_in_a_graph_capture_gets_its_event_later(monkeypatch):
-    monkeypatch.setattr(_bridge, "_graveyard", collections.deque([("a", CPU, None)]))
-    monkeypatch.setattr(_bridge, "_bury", lambda x, d: _bridge._graveyard.append((x, d, Event())))
-    _bridge._sweep()
-    ((name, _, event),) = _bridge._graveyard
+    monkeypatch.setattr(bridge, "graveyard", collections.deque([("a", CPU, None)]))
+    monkeypatch.setattr(bridge, "bury", lambda x, d: bridge.graveyard.append((x, d, Event())))
+    bridge.sweep()
+    ((name, _, event),) = bridge.graveyard
     assert name == "a"
     assert isinstance(event, Event)
 
@@ -210,19 +209,19 @@ def test_fake_tensor_is_refused():
         x = torch.randn(SHAPE)
         assert flash_attn_func(x, x, x).shape == SHAPE  # the operator has a fake implementation
         with pytest.raises(TypeError, match="FakeTensor has no memory"):
-            _bridge.to_jax([x], CPU)
+            bridge.to_jax([x], CPU)
 
 
 def test_devices_must_agree():
     x = random(*SHAPE)
     with pytest.raises(ValueError, match="devices cpu and meta of the tensors must be equal"):
-        _bridge.call(lambda a, b: (a,), [x, x.to("meta")])
+        bridge.call(lambda a, b: (a,), [x, x.to("meta")])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="JAX may have CUDA here")
 def test_cuda_tensors_need_a_jax_with_cuda():
     with pytest.raises(RuntimeError, match=r"device=cuda:0 .* must be a device of JAX too.*jax\[cuda13\]"):
-        _bridge.jax_device(torch.device("cuda", 0))
+        bridge.jax_device(torch.device("cuda", 0))
 
 
 def test_importing_interop_imports_no_jax_and_changes_nothing():
@@ -252,12 +251,12 @@ def test_jax_memory_is_not_preallocated_unless_asked():
     code = (
         "import os, sys, types\n"
         "sys.modules['jax'] = types.ModuleType('jax')\n"
-        "from interop import _bridge\n"
-        "for setting in ({}, *({name: '.4'} for name in _bridge._MEMORY_SETTINGS)):\n"
+        "from interop import bridge\n"
+        "for setting in ({}, *({name: '.4'} for name in bridge.MEMORY_SETTINGS)):\n"
         "    os.environ.pop('XLA_PYTHON_CLIENT_PREALLOCATE', None)\n"
         "    os.environ.update(setting)\n"
-        "    _bridge.load_jax.cache_clear()\n"
-        "    _bridge.load_jax()\n"
+        "    bridge.load_jax.cache_clear()\n"
+        "    bridge.load_jax()\n"
         "    print(os.environ.get('XLA_PYTHON_CLIENT_PREALLOCATE'), end=' ')\n"
         "    for name in setting: del os.environ[name]"
     )

@@ -6,10 +6,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from interop import _ops, flash_attn_func, scaled_dot_product_attention
+from interop import flash_attn_func, ops, scaled_dot_product_attention
 from tests.interop.cases import dropout_key, gradients, qkv
 
-PLAIN = _ops.Options(scale=None, left=-1, right=-1, softcap=0.0, dropout_p=0.0, deterministic=False)
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
 
 
@@ -24,28 +23,36 @@ def closes(found, expected) -> None:
 
 
 OPERANDS = {
-    "plain": (PLAIN, lambda q, k, v: (q, k, v, None, None, None, None)),
-    "strided": (PLAIN, lambda q, k, v: (q.transpose(0, 1).contiguous().transpose(0, 1), k, v, *(None,) * 4)),
-    "all": (
-        PLAIN._replace(scale=0.4, left=9, right=0, softcap=3.0, dropout_p=0.3),
-        lambda q, k, v: (
-            q, k, v, torch.randn(1, 4, 1, 21), torch.rand(2, 1, 21, 21) < 0.9, SLOPES[None],
-            torch.tensor([[5, -7]], dtype=torch.int32),
-        ),
+    "plain": lambda q, k, v: ops.Operands(q, k, v),
+    "strided": lambda q, k, v: ops.Operands(q.transpose(0, 1).contiguous().transpose(0, 1), k, v),
+    "all": lambda q, k, v: ops.Operands(
+        q,
+        k,
+        v,
+        bias=torch.randn(1, 4, 1, 21),
+        sinks=torch.randn(1, 4),
+        mask=torch.rand(2, 1, 21, 21) < 0.9,
+        q_segment_ids=torch.randint(2, (2, 21), dtype=torch.int32),
+        kv_segment_ids=torch.randint(2, (2, 21), dtype=torch.int32),
+        alibi_slopes=SLOPES[None],
+        dropout_seed=torch.tensor([[5, -7]], dtype=torch.int32),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPERANDS)
 def test_opcheck(name):
-    options, operands = OPERANDS[name]
-    args = (*operands(*qkv(0, grad=False)), *options)
-    torch.library.opcheck(_ops.attention_forward, args)
-    out, lse = _ops.attention_forward(*args)
-    bias_gradient = args[3] is not None
+    options = ops.Options()
+    if name == "all":
+        options = ops.Options(scale=0.4, left=9, right=0, softcap=3.0, dropout_p=0.3)
+    operands = OPERANDS[name](*qkv(0, grad=False))
+    args = (*operands, *options)
+    torch.library.opcheck(ops.attention_forward, args)
+    out, lse = ops.attention_forward(*args)
     for d_lse in (None, torch.randn(lse.shape)):
         torch.library.opcheck(
-            _ops.attention_backward, (torch.randn(out.shape), d_lse, out, lse, *args, bias_gradient)
+            ops.attention_backward,
+            (torch.randn(out.shape), d_lse, out, lse, *args, operands.bias is not None),
         )
 
 

@@ -11,6 +11,8 @@ from interop import (
     flash_attn_qkvpacked_func,
     scaled_dot_product_attention,
 )
+from interop.attention import attention
+from interop.ops import Options
 
 Q, K = torch.zeros(2, 5, 4, 8), torch.zeros(2, 7, 2, 8)
 
@@ -24,8 +26,17 @@ def sdpa(q=Q, k=K, v=K, **options):
     return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), **options)
 
 
+def direct(q=Q, k=K, v=K, **operands):
+    return attention(q, k, v, Options(), **operands)
+
+
+def ids(length):
+    return torch.zeros(2, length, dtype=torch.int64)
+
+
 RAISES = [
     (lambda: call(q=Q[0]), ValueError, r"q.shape=\[5, 4, 8\] must have 4 axes: \[batch, seq, heads, dim\]"),
+    (lambda: call(q=[[0.0]]), TypeError, "q must be a torch.Tensor, got builtins.list"),
     (lambda: call(k=[[0.0]]), TypeError, "k must be a torch.Tensor, got builtins.list"),
     (
         lambda: call(q=Q.int(), k=K.int(), v=K.int()),
@@ -145,6 +156,31 @@ RAISES = [
         lambda: sdpa(attn_mask=torch.zeros(5, 7, device="meta")),
         ValueError,
         "attn_mask.device=meta must be cpu",
+    ),
+]
+
+
+RAISES += [
+    (
+        lambda: direct(segment_ids=(ids(5), ids(6))),
+        ValueError,
+        r"key segment_ids.shape=\[2, 6\] must be \[B, S\]=\[2, 7\]",
+    ),
+    (
+        lambda: direct(segment_ids=(ids(5).float(), ids(7))),
+        TypeError,
+        "query segment_ids.dtype=torch.float32 must be an integer type",
+    ),
+    (lambda: direct(sinks=torch.zeros(3)), ValueError, r"sinks.shape=\[3\] must be \[H\]=\[4\] or \[B, H\]"),
+    (
+        lambda: direct(sinks=torch.zeros(4).double()),
+        TypeError,
+        "sinks.dtype=torch.float64 must be torch.float32 or the inputs' torch.float32",
+    ),
+    (
+        lambda: direct(k=K[:, :0], v=K[:, :0], sinks=torch.zeros(4)),
+        ValueError,
+        r"k.shape=\[2, 0, 2, 8\] must have a key where there are sinks",
     ),
 ]
 

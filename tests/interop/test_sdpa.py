@@ -94,7 +94,7 @@ def test_same_bits_as_jax():
     q, k, v = (x.transpose(1, 2) for x in tensors)
     out = scaled_dot_product_attention(q, k, v, bias, 0.25).transpose(1, 2)
     ours = [out, *gradients(out, [*tensors, bias])]
-    expected = by_jax([*tensors, bias], outputs=1, dropout_rate=0.25, dropout_key=key)
+    expected = by_jax([*tensors, bias], ["bias"], outputs=1, dropout_rate=0.25, dropout_key=key)
     for name, x, y in zip(("out", "dq", "dk", "dv", "dbias"), ours, expected, strict=True):
         assert torch.equal(x, y), name
 

@@ -6,6 +6,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from interop import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+from interop.attention import attention
+from interop.ops import Options
 from tests.interop.cases import (
     Recorded,
     assert_follows,
@@ -120,6 +122,34 @@ def test_dropout_follows_torch_seed():
     state = torch.get_rng_state()
     flash_attn_func(q, k, v)
     assert torch.equal(torch.get_rng_state(), state), "drew a seed without dropout"
+
+
+def test_operands_that_flash_attn_lacks():
+    """A mask, a bias, segments and sinks in one call, with the gradients of the bias and the sinks."""
+    tensors = qkv(13, Sq=17, Sk=29)
+    g = torch.Generator().manual_seed(14)
+    bias = torch.randn(1, 4, 17, 29, generator=g).requires_grad_()
+    sinks = torch.randn(4, generator=g).requires_grad_()
+    mask = torch.rand(2, 1, 1, 29, generator=g) < 0.8
+    segment_ids = [torch.randint(3, (2, length), generator=g) for length in (17, 29)]
+    everything = [*tensors, bias, sinks]
+    outputs = attention(
+        *tensors, Options(left=20, right=3), bias=bias, attn_mask=mask, segment_ids=segment_ids, sinks=sinks
+    )
+    ours = [*outputs, *gradients(outputs, everything)]
+    options = {"mask": mask.numpy(), "segment_ids": [x.int().numpy() for x in segment_ids], "window": (20, 3)}
+    expected = by_jax(everything, ["bias", "sinks"], **options)
+    for name, x, y in zip((*NAMES, "dbias", "dsinks"), ours, expected, strict=True):
+        assert x.dtype == y.dtype, name
+        assert torch.equal(x, y), name
+
+
+def test_two_masks_are_added():
+    q, k, v = qkv(15, grad=False)
+    first, second = torch.randn(21, 21), torch.randn(4, 1, 21)
+    out, _ = attention(q, k, v, Options(), attn_mask=first, bias=second)
+    expected, _ = attention(q, k, v, Options(), bias=first + second)
+    assert torch.equal(out, expected)
 
 
 def test_argument_order_is_flash_attn_2s():

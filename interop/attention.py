@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from interop import _arguments
-from interop._ops import TENSORS, Options, attention_backward, attention_forward
+from interop.ops import TENSORS, Operands, Options, attention_backward, attention_forward
 
 
 def attention(
@@ -16,22 +16,45 @@ def attention(
     options: Options,
     *,
     attn_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    segment_ids: tuple[Tensor, Tensor] | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of `jflash::attention_forward`, differentiable in q, k, v and a floating attn_mask."""
+    """(out, lse) of `jflash::attention_forward`, differentiable in all but alibi_slopes.
+
+    attn_mask is bool, True = visible, or floating and added; bias is added too. Both broadcast to
+    [B, H, Sq, Sk]. segment_ids are integers for the queries [B, Sq] and for the keys [B, Sk]; sinks and
+    alibi_slopes are [H] or [B, H].
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _arguments.check_axes(name, x, "[batch, seq, heads, dim]")
     q, k, v = _autocast(q, k, v)
     _arguments.check_qkv(q, k, v)
-    bias = mask = None
-    if alibi_slopes is not None:
-        alibi_slopes = _arguments.slopes(alibi_slopes, q)
+    mask = None
     if attn_mask is not None:
         attn_mask = _arguments.square("attn_mask", attn_mask, q, k)
-        bias, mask = (None, attn_mask) if attn_mask.dtype == torch.bool else (attn_mask, None)
-    _arguments.check_devices(q, k=k, v=v, attn_mask=attn_mask, alibi_slopes=alibi_slopes)
-    seed = _draw_seed(q.device) if options.dropout_p else None
+        mask = attn_mask if attn_mask.dtype == torch.bool else None
+    if bias is not None:
+        bias = _arguments.square("bias", bias, q, k)
+    if attn_mask is not None and mask is None:
+        bias = attn_mask if bias is None else bias + attn_mask
+    q_ids, kv_ids = (None, None) if segment_ids is None else _arguments.segments(segment_ids, q, k)
+    operands = Operands(
+        q=q,
+        k=k,
+        v=v,
+        bias=bias,
+        sinks=None if sinks is None else _arguments.sinks(sinks, q, k),
+        mask=mask,
+        q_segment_ids=q_ids,
+        kv_segment_ids=kv_ids,
+        alibi_slopes=None if alibi_slopes is None else _arguments.slopes(alibi_slopes, q),
+        dropout_seed=_draw_seed(q.device) if options.dropout_p else None,
+    )
     if torch.are_deterministic_algorithms_enabled():
         options = options._replace(deterministic=True)
-    return _function().apply(q, k, v, bias, mask, alibi_slopes, seed, *options)
+    return _function().apply(*operands, *options)
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
@@ -132,16 +155,16 @@ def _save(ctx, args, outputs) -> None:
 def _gradients(ctx, d_out: Tensor | None, d_lse: Tensor | None):
     """Cotangents for the arguments of the forward."""
     *tensors, out, lse = ctx.saved_tensors
-    rest = (None,) * (len(tensors) + len(ctx.options) - 4)
+    rest = (None,) * (len(tensors) + len(ctx.options) - 5)
     if d_out is None and d_lse is None:
-        return (None, None, None, None, *rest)
+        return (None, None, None, None, None, *rest)
     if d_out is None:
         d_out = torch.zeros_like(out)
-    bias_gradient = ctx.needs_input_grad[3]
-    args = (d_out, d_lse, out, lse, *tensors, *ctx.options, bias_gradient)
+    needs = Operands(*ctx.needs_input_grad[:TENSORS])
+    args = (d_out, d_lse, out, lse, *tensors, *ctx.options, needs.bias)
     differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    *grads, d_bias = _FirstOrderOnly.apply(*args) if differentiable else attention_backward(*args)
-    return (*grads, d_bias if bias_gradient else None, *rest)
+    *grads, d_bias, d_sinks = _FirstOrderOnly.apply(*args) if differentiable else attention_backward(*args)
+    return (*grads, d_bias if needs.bias else None, d_sinks if needs.sinks else None, *rest)
 
 
 def _no_forward_mode():

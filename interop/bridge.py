@@ -4,7 +4,7 @@ Order. Torch's work before a call is waited for by JAX, and JAX's by torch's cur
 for neither. On CPU a call returns finished results.
 
 Life. XLA keeps an imported tensor until it has read it. The other way, JAX reuses the memory of an array as
-soon as nobody holds it, whatever torch has queued: `_bury` holds it until torch's stream has passed.
+soon as nobody holds it, whatever torch has queued: `bury` holds it until torch's stream has passed.
 
 Source: the DLPack protocol of the array API standard, and what XLA's PJRT does with foreign buffers.
 """
@@ -28,7 +28,7 @@ from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportU
 _ALIGNMENT = {"cuda": 256, "cpu": 64}
 _DLPACK_DEVICE_TYPE = {"cpu": 1, "cuda": 2}
 _SIXTY_FOUR_BITS = {torch.float64, torch.int64, torch.uint64, torch.complex128}
-_MEMORY_SETTINGS = (
+MEMORY_SETTINGS = (
     "XLA_PYTHON_CLIENT_PREALLOCATE",
     "XLA_CLIENT_MEM_FRACTION",
     "XLA_PYTHON_CLIENT_MEM_FRACTION",
@@ -56,7 +56,7 @@ def load_jax():
     By default JAX takes three quarters of a GPU at its first use, which leaves torch too little. Here it
     takes memory as it needs it, unless the user has chosen otherwise.
     """
-    if not any(name in os.environ for name in _MEMORY_SETTINGS):
+    if not any(name in os.environ for name in MEMORY_SETTINGS):
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
 
@@ -70,7 +70,7 @@ def to_jax(tensors: Tensors, device: torch.device) -> list:
     wide = {t.dtype for t in ready if t is not None} & _SIXTY_FOUR_BITS
     if wide and not jax.config.read("jax_enable_x64"):
         raise TypeError(f"dtype={wide.pop()} needs jax_enable_x64: JAX would silently truncate it to 32 bits")
-    fast = _fast_dlpack(device)
+    fast = entry_points(device)
     if fast is None:
         return [None if t is None else jax.dlpack.from_dlpack(t) for t in ready]
     stream = _stream_after_torch(device)
@@ -82,12 +82,12 @@ def to_torch(arrays: Sequence, device: torch.device) -> list[Tensor]:
     stream = None
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream or 1  # DLPack calls the default stream 1
-    fast = _fast_dlpack(device)
+    fast = entry_points(device)
     tensors = [dlpack.from_dlpack(_export(fast, x, stream)) for x in arrays]
     if device.type == "cuda":
-        _sweep()
+        sweep()
         for x, t in zip(arrays, tensors, strict=True):
-            weakref.finalize(t.untyped_storage(), _bury, x, device).atexit = False
+            weakref.finalize(t.untyped_storage(), bury, x, device).atexit = False
     return tensors
 
 
@@ -157,7 +157,7 @@ def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 @functools.cache
-def _fast_dlpack(device: torch.device):
+def entry_points(device: torch.device):
     """The module with JAX's entry points, 7 times as fast as the public ones; None if not as we know it.
 
     JFLASH_PUBLIC_DLPACK=1 insists on the public ones.
@@ -204,25 +204,25 @@ def _external_stream(stream: int, device: torch.device):
 
 # --- JAX memory that torch no longer holds, but whose stream may not have finished reading
 
-_graveyard: collections.deque = collections.deque()
+graveyard: collections.deque = collections.deque()
 
 
-def _bury(array, device: torch.device) -> None:
+def bury(array, device: torch.device) -> None:
     """Runs when the torch storage over an array dies: holds the array until the work queued is done."""
     event = None
     with torch.cuda.device(device):
         if not torch.cuda.is_current_stream_capturing():  # such an event would belong to the graph
             event = torch.cuda.current_stream().record_event()
-    _graveyard.append((array, device, event))
+    graveyard.append((array, device, event))
 
 
-def _sweep() -> None:
+def sweep() -> None:
     """Lets go of the arrays whose readers have finished. Each pop is atomic, so any thread may sweep."""
     with contextlib.suppress(IndexError):
-        for _ in range(len(_graveyard)):
-            array, device, event = _graveyard.popleft()
+        for _ in range(len(graveyard)):
+            array, device, event = graveyard.popleft()
             if event is None:
-                _bury(array, device)
+                bury(array, device)
             elif not event.query():
-                _graveyard.appendleft((array, device, event))
+                graveyard.appendleft((array, device, event))
                 return
