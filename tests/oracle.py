@@ -2,7 +2,9 @@
 
 `ref` is the oracle in float64 on the same inputs, `lo` the oracle in the inputs' own dtype. With x ours,
     max|x - ref| <= 2 max|lo - ref| + atol    and    rms(x - ref) <= 1.5 rms(lo - ref) + atol
-for every output and gradient, where atol is twice one rounding of ref + 0.3 in the inputs' dtype.
+for every output and gradient, where atol is twice one rounding of ref + 0.3 in the inputs' dtype, and a few
+roundings of the largest ref in the dtype of the statistics: a backward starts from the saved lse, whose
+rounding is a relative error of every weight in its row. float64 has no wider oracle, so x gets twice as many.
 """
 
 from __future__ import annotations
@@ -13,33 +15,38 @@ import numpy as np
 
 from jflash import flash_attention
 
-DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 
-
-def inputs(seed, dtype, *, B=1, Sq=64, Sk=None, H=2, Hk=None, D=32, Dv=None, bias=None, sinks=False) -> dict:
+def inputs(
+    seed, dtype, *, B=1, Sq=64, Sk=None, H=2, Hk=None, D=32, Dv=None, bias=None, sinks=False
+) -> dict[str, jax.Array]:
     """Random q, k, v in a dtype, with a bias of the given shape and sinks if asked."""
     rng = np.random.default_rng(seed)
-    Sk, Hk, Dv = Sk or Sq, Hk or H, Dv or D
+    Sk, Hk, Dv = (Sq if Sk is None else Sk), Hk or H, Dv or D
     found = {"q": rng.normal(size=(B, Sq, H, D)), "k": rng.normal(size=(B, Sk, Hk, D))}
     found["v"] = rng.normal(size=(B, Sk, Hk, Dv))
     if bias is not None:
         found["bias"] = rng.normal(size=bias)
     if sinks:
         found["sinks"] = rng.normal(size=H)
-    return {name: jnp.asarray(x, dtype) for name, x in found.items()}
+    with jax.enable_x64(dtype == jnp.float64):
+        return {name: jnp.asarray(x, dtype) for name, x in found.items()}
 
 
-def assert_matches_oracle(arrays: dict, options: dict, implementation: str | None = None, attend=flash_attention):
+def assert_matches_oracle(
+    arrays: dict, options: dict, implementation: str | None = None, attend=flash_attention
+):
     """Holds out, lse and every gradient of `attend` to the rule, with random cotangents for both outputs."""
     dtype = arrays["q"].dtype
     cotangents = _cotangents(arrays)
-    ours = _everything(attend, arrays, cotangents, {**options, "implementation": implementation})
-    low = _everything(flash_attention, arrays, cotangents, {**options, "implementation": "reference"})
+    with jax.enable_x64(dtype == jnp.float64):
+        ours = _everything(attend, arrays, cotangents, {**options, "implementation": implementation})
+        low = _everything(flash_attention, arrays, cotangents, {**options, "implementation": "reference"})
     with jax.enable_x64(True):
         wide = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
         options = {name: _wide(x) for name, x in options.items()}
         ref = _everything(flash_attention, wide, cotangents, {**options, "implementation": "reference"})
     for name in ref:
+        assert ours[name].dtype == low[name].dtype, f"{name}: {ours[name].dtype}, oracle {low[name].dtype}"
         assert_close(name, ours[name], low[name], ref[name], dtype)
 
 
@@ -53,12 +60,24 @@ def assert_close(name: str, x, low, ref, dtype) -> None:
     if x.size == 0:
         return
     assert np.isfinite(x).all(), f"{name}: {np.sum(~np.isfinite(x))} of {x.size} values are not finite"
-    rounded = np.asarray(jnp.asarray(ref, dtype) + jnp.asarray(0.3, dtype) - jnp.asarray(0.3, dtype), np.float64)
-    atol = 2 * np.abs(rounded - ref).max()
+    atol = _tolerance(ref, dtype)
     worst, allowed = np.abs(x - ref).max(), 2 * np.abs(low - ref).max() + atol
     assert worst <= allowed, f"{name}: max error {worst:.3g} > {allowed:.3g}"
-    rms = lambda y: np.sqrt(np.mean(np.square(y)))  # noqa: E731
-    assert rms(x - ref) <= 1.5 * rms(low - ref) + atol, f"{name}: rms {rms(x - ref):.3g}, low {rms(low - ref):.3g}"
+    rms, allowed = _rms(x - ref), 1.5 * _rms(low - ref) + atol
+    assert rms <= allowed, f"{name}: rms error {rms:.3g} > {allowed:.3g}"
+
+
+def _tolerance(ref: np.ndarray, dtype) -> float:
+    with jax.enable_x64(dtype == jnp.float64):
+        shift = jnp.asarray(0.3, dtype)
+        rounded = np.asarray(jnp.asarray(ref, dtype) + shift - shift, np.float64)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    roundings = 16 if dtype == jnp.float64 else 8
+    return 2 * np.abs(rounded - ref).max() + roundings * float(jnp.finfo(wide).eps) * np.abs(ref).max()
+
+
+def _rms(x: np.ndarray) -> float:
+    return np.sqrt(np.mean(np.square(x)))
 
 
 def _cotangents(arrays: dict):
@@ -70,7 +89,6 @@ def _cotangents(arrays: dict):
 def _everything(attend, arrays: dict, cotangents, options: dict) -> dict:
     """out, lse and the gradient of each differentiable array."""
 
-    @jax.jit
     def run(arrays, cotangents):
         def f(arrays):
             return attend(**arrays, **options, return_lse=True)
@@ -81,8 +99,13 @@ def _everything(attend, arrays: dict, cotangents, options: dict) -> dict:
         (grads,) = pull((jnp.asarray(d_out, out.dtype), jnp.asarray(d_lse, lse.dtype)))
         return out, lse, grads
 
-    out, lse, grads = run(arrays, cotangents)
+    out, lse, grads = jax.jit(run, compiler_options=_compiled_for_one_run())(arrays, cotangents)
     return {"out": out, "lse": lse, **{f"d{name}": g for name, g in grads.items()}}
+
+
+def _compiled_for_one_run() -> dict | None:
+    """A CPU compiles in half the time so; a GPU must run what users run."""
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
 
 def _wide(x):
