@@ -8,12 +8,13 @@ import numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jflash import backends
 from pallas_kernels.parts import dropout
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
 
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 MAX_HEAD_DIM = 256
 
 
@@ -92,8 +93,8 @@ def check_qkv(q, k, v) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name}.shape={x.shape} must have 4 axes: [batch, seq, heads, dim]")
-        if x.dtype.name not in _DTYPES:
-            raise TypeError(f"{name}.dtype={x.dtype.name} must be one of {', '.join(_DTYPES)}")
+        if x.dtype.name not in DTYPES:
+            raise TypeError(f"{name}.dtype={x.dtype.name} must be one of {', '.join(DTYPES)}")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k, v dtypes {q.dtype.name}, {k.dtype.name}, {v.dtype.name} must be equal")
     if not q.shape[0] == k.shape[0] == v.shape[0]:
@@ -111,7 +112,7 @@ def check_qkv(q, k, v) -> None:
 
 def number(name: str, x) -> float:
     """A finite Python float known at trace time."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         raise TypeError(f"{name} must be known at trace time, got {x.aval}; to learn it, multiply q by it")
     if isinstance(x, (jax.Array, np.ndarray)) and x.ndim == 0:
         x = x.item()
@@ -165,7 +166,7 @@ def _square(name: str, x, full: tuple[int, int, int, int]):
     if name == "bias" and not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"bias.dtype={x.dtype.name} must be floating point; boolean masks go to mask=")
     if x.ndim == 2:
-        x = _reshaped(x, (1, 1, *x.shape))
+        x = reshaped(x, (1, 1, *x.shape))
     if x.ndim != 4:
         raise ValueError(f"{name}.shape={x.shape} must have 4 axes [B, H, Sq, Sk], or 2 axes [Sq, Sk]")
     if any(n not in (1, m) for n, m in zip(x.shape, full, strict=True)):
@@ -197,10 +198,10 @@ def _per_head(name: str, x, B: int, H: int):
         raise TypeError(f"{name}.dtype={x.dtype.name} must be floating point")
     if x.shape not in ((H,), (B, H)):
         raise ValueError(f"{name}.shape={x.shape} must be [H]={[H]} or [B, H]={[B, H]}")
-    return x if x.ndim == 2 else _reshaped(x, (1, H))
+    return x if x.ndim == 2 else reshaped(x, (1, H))
 
 
-def _reshaped(x, shape: tuple[int, ...]):
+def reshaped(x, shape: tuple[int, ...]):
     return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.reshape(shape)
 
 

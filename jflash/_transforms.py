@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def fold(n: int, batch: int, x: jax.Array, mapped: bool) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def first_order_only(backend: str, operands):
+def first_order_only(backend: str, operands) -> Any:
     """The operands themselves; differentiating them raises."""
     return operands
 
@@ -54,12 +55,12 @@ def _no_second_derivative(backend, primals, tangents):
     )
 
 
-def perturbed(primals):
+def perturbed(primals) -> Any:
     """Which leaves somebody differentiates, of a custom_vjp's arguments under symbolic_zeros."""
     return jax.tree.map(lambda x: x.perturbed, primals, is_leaf=_is_primal)
 
 
-def values(primals):
+def values(primals) -> Any:
     """The arrays of a custom_vjp's arguments under symbolic_zeros."""
     return jax.tree.map(lambda x: x.value, primals, is_leaf=_is_primal)
 

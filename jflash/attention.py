@@ -134,19 +134,4 @@ def why_not(
 def explain(q, k, v, *, target: str | None = None, **options) -> str:
     """One line for each backend and direction: used, free to use, or why not. Arguments as for `why_not`."""
     problem, _ = bind(q, k, v, target=target, **options)
-    chosen = backends.choose(problem, None)
-    return "\n".join(
-        f"{backend.name:<10} {direction:<9} {_verdict(backend, problem, direction, chosen)}"
-        for backend in backends.BACKENDS
-        for direction in backends.DIRECTIONS
-    )
-
-
-def _verdict(backend: backends.Backend, problem, direction: backends.Direction, chosen: str) -> str:
-    reason = backend.why_not(problem, direction)
-    if reason:
-        return f"no: {reason}"
-    if backend.name == chosen:
-        return "used"
-    only = backends.why_not(backend, problem) is not None
-    return f"can, but only {direction}" if only else "can, but a faster backend is used"
+    return backends.explain(problem)

@@ -8,29 +8,37 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+from jax.core import Tracer
 
-from jflash import reference, xla
+from jflash import linear_reference, reference, xla
+from jflash.xla import linear as xla_linear
 from pallas_kernels import hopper
-from pallas_kernels.problem import AttentionProblem
+from pallas_kernels.problem import AttentionProblem, LinearProblem
 
+Problem = AttentionProblem | LinearProblem
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """forward(problem, arrays) -> (out, lse); backward(problem, arrays, out, lse, d_out, d_lse) -> gradients."""
+    """What runs one family of problems.
+
+    Softmax: forward(problem, arrays) -> (out, lse); backward(problem, arrays, out, lse, d_out, d_lse) -> gradients.
+    Linear: forward(problem, arrays) -> LinearResults; backward(problem, arrays, out, norm, d_out, d_kv, d_z) ->
+    gradients.
+    """
 
     name: str
-    why_not: Callable[[AttentionProblem, Direction], str | None]
+    why_not: Callable[[Any, Direction], str | None]
     forward: Callable
     backward: Callable | None  # None: by autodiff
 
 
-def _always(problem: AttentionProblem, direction: Direction) -> None:
+def _always(problem: Problem, direction: Direction) -> None:
     """Takes every problem."""
 
 
@@ -39,31 +47,55 @@ BACKENDS = (
     Backend("xla", _always, xla.forward, xla.backward),
     Backend("reference", _always, reference.attention, None),
 )
+LINEAR = (
+    Backend("xla", _always, xla_linear.forward, xla_linear.backward),
+    Backend("reference", _always, linear_reference.linear_attention, None),
+)
 
 
-def get(name: str) -> Backend:
+def get(name: str, among: tuple[Backend, ...] = BACKENDS) -> Backend:
     """The backend of that name; ValueError lists the names."""
-    for backend in BACKENDS:
+    for backend in among:
         if backend.name == name:
             return backend
-    names = ", ".join(repr(backend.name) for backend in BACKENDS)
+    names = ", ".join(repr(backend.name) for backend in among)
     raise ValueError(f"implementation={name!r} must be None or one of {names}")
 
 
-def why_not(backend: Backend, problem: AttentionProblem) -> str | None:
+def why_not(backend: Backend, problem: Problem) -> str | None:
     """The first reason, over both directions, why a backend cannot take a problem."""
     reasons = (backend.why_not(problem, direction) for direction in DIRECTIONS)
     return next((reason for reason in reasons if reason), None)
 
 
-def choose(problem: AttentionProblem, implementation: str | None) -> str:
+def choose(problem: Problem, implementation: str | None, among: tuple[Backend, ...] = BACKENDS) -> str:
     """The name of the backend that will run: the one asked for, or the first that can."""
     if implementation is None:
-        return next(backend.name for backend in BACKENDS if why_not(backend, problem) is None)
-    reason = why_not(get(implementation), problem)
+        return next(backend.name for backend in among if why_not(backend, problem) is None)
+    reason = why_not(get(implementation, among), problem)
     if reason:
         raise NotImplementedError(f"implementation={implementation!r} cannot take this call: {reason}")
     return implementation
+
+
+def explain(problem: Problem, among: tuple[Backend, ...] = BACKENDS) -> str:
+    """One line for each backend and direction: used, free to use, or why not."""
+    chosen = choose(problem, None, among)
+    return "\n".join(
+        f"{backend.name:<10} {direction:<9} {_verdict(backend, problem, direction, chosen)}"
+        for backend in among
+        for direction in DIRECTIONS
+    )
+
+
+def _verdict(backend: Backend, problem: Problem, direction: Direction, chosen: str) -> str:
+    reason = backend.why_not(problem, direction)
+    if reason:
+        return f"no: {reason}"
+    if backend.name == chosen:
+        return "used"
+    only = why_not(backend, problem) is not None
+    return f"can, but only {direction}" if only else "can, but a faster backend is used"
 
 
 def target_of(x: jax.Array) -> str:
@@ -71,8 +103,8 @@ def target_of(x: jax.Array) -> str:
 
     A tracer does not say, so under jit it is the default device.
     """
-    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
-        device = jax.config.jax_default_device or jax.local_devices()[0]
+    if isinstance(x, Tracer) or not isinstance(x, jax.Array):
+        device = jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
     else:
         device = next(iter(x.devices()))
     if isinstance(device, str):

@@ -45,7 +45,7 @@ def _scores(p: AttentionProblem, a: AttentionArrays) -> jax.Array:
     wide = jnp.promote_types(a.q.dtype, jnp.float32)
     q = a.q.reshape(p.B, p.Sq, p.Hk, p.group, p.D)
     s = jnp.einsum("bihgd,bjhd->bhgij", q, a.k, preferred_element_type=wide)
-    s = _round_cotangent(s, a.q.dtype).reshape(p.B, p.H, p.Sq, p.Sk) * p.scale
+    s = round_cotangent(s, a.q.dtype).reshape(p.B, p.H, p.Sq, p.Sk) * p.scale
     if p.softcap is not None:
         s = p.softcap * jnp.tanh(s / p.softcap)
     if a.bias is not None:
@@ -90,7 +90,7 @@ def _by_group(p: AttentionProblem, x: jax.Array) -> jax.Array:
     return x.reshape(p.B, p.Hk, p.group, p.Sq, p.Sk)
 
 
-def _round_cotangent(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def round_cotangent(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """x itself, with a cotangent rounded to dtype: dS enters the products that give dQ and dK in it."""
     rounded = x.astype(dtype).astype(x.dtype)
     return rounded + jax.lax.stop_gradient(x - rounded)

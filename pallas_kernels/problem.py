@@ -88,3 +88,85 @@ class AttentionGradients(NamedTuple):
     v: jax.Array
     bias: jax.Array | None = None
     sinks: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearProblem:
+    """The static facts of one linear-attention call.
+
+    Weights are `scale * (q_i . k_j) * M_ij`. M is the mask, or 1 where j may be seen times the decay
+    `exp(sum of log_decay[s])`: over j < s <= i for a key before its query, over i <= s < j for one after it.
+    Each of Hq, Hk and Hv divides H; output head h reads head `h // (H / Hx)` of an operand with Hx heads.
+    """
+
+    target: str  # where it will run: "cpu", "tpu", or the compute capability, "sm_90"
+    dtype: str
+    B: int
+    H: int  # heads of the output, the decay and the state: the largest of Hq, Hk, Hv
+    Hq: int
+    Hk: int
+    Hv: int
+    Sq: int
+    Sk: int
+    D: int
+    Dv: int
+    scale: float
+    before: bool = True  # a query sees itself and the keys before it
+    after: bool = False  # a query sees itself and the keys after it
+    decay: str | None = None  # "head": log_decay[:, 0, h]; "token": log_decay[:, t, h]
+    decay_gradient: bool = False
+    mask_shape: tuple[int, int, int, int] | None = None
+    mask_gradient: bool = False
+    normalize: bool = False  # outputs are divided by the sum of their weights, 0 where it is 0
+    sequences: int | None = None  # of a packed call, whose B is 1
+    initial_state: bool = False
+    chunk_size: int | None = None  # None: the backend's choice
+
+    @property
+    def causal(self) -> bool:
+        """A query sees keys of one side only, so the call has a state."""
+        return self.before != self.after
+
+    @property
+    def states(self) -> int:
+        """How many states go in and come out."""
+        return self.B if self.sequences is None else self.sequences
+
+    @property
+    def empty(self) -> bool:
+        """No weight to compute: no row, no key, or an output without width."""
+        return 0 in (self.B, self.Sq, self.Sk, self.Dv)
+
+
+class LinearArrays(NamedTuple):
+    """The arrays of one call; an absent feature is None. A leading axis of 1 broadcasts over B."""
+
+    q: jax.Array  # [B, Sq, Hq, D]
+    k: jax.Array  # [B, Sk, Hk, D]
+    v: jax.Array  # [B, Sk, Hv, Dv]
+    log_decay: jax.Array | None = None  # [B|1, Sq|1, H] <= 0, -inf forgets all
+    mask: jax.Array | None = None  # [B|1, H|1, Sq|1, Sk|1] bool or floating point
+    kv: jax.Array | None = None  # [states, H, D, Dv] float32: the sum of decayed k v^T before the first token
+    z: jax.Array | None = None  # [states, H, D] float32: the same with ones for v, when normalizing
+    cu_seqlens: jax.Array | None = None  # [sequences + 1] int32; tokens outside of it are not read
+
+
+class LinearResults(NamedTuple):
+    """What a forward returns. The state is None unless causal, z and norm unless normalizing."""
+
+    out: jax.Array  # [B, Sq, H, Dv] in q's dtype
+    norm: jax.Array | None = None  # [B, Sq, H] float32, the sum of the weights: what the backward divides by
+    kv: jax.Array | None = None  # [states, H, D, Dv] float32, after the last token
+    z: jax.Array | None = None  # [states, H, D] float32
+
+
+class LinearGradients(NamedTuple):
+    """Cotangents of the differentiable arrays, in their shapes and dtypes."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    log_decay: jax.Array | None = None
+    mask: jax.Array | None = None
+    kv: jax.Array | None = None
+    z: jax.Array | None = None

@@ -42,8 +42,8 @@ def choose(p: AttentionProblem, block_q: int, block_k: int) -> Tile:
     nq = math.ceil(p.Sq / most)
     bq = _multiple_of_8(p.Sq / nq)
     heads = max(1, budget // (p.group * bq * bk))
-    h = _largest_divisor(p.Hk, heads)
-    b = _largest_divisor(p.B, heads // h) if h == p.Hk else 1
+    h = largest_divisor(p.Hk, heads)
+    b = largest_divisor(p.B, heads // h) if h == p.Hk else 1
     return Tile(b, h, bq, bk, nq, nk)
 
 
@@ -64,6 +64,11 @@ def take(x: jax.Array, starts, sizes) -> jax.Array:
     return lax.dynamic_slice(x, _corner(x, starts), sizes)
 
 
+def put(x: jax.Array, block: jax.Array, starts) -> jax.Array:
+    """Writes a block into x at `starts`."""
+    return lax.dynamic_update_slice(x, block, _corner(x, starts))
+
+
 def add(x: jax.Array, block: jax.Array, starts, sizes) -> jax.Array:
     """Adds a block into x where `take` would read it, summed over the axes on which x broadcasts."""
     axes = tuple(axis for axis, n in enumerate(x.shape) if n == 1)
@@ -75,7 +80,8 @@ def _corner(x: jax.Array, starts) -> list:
     return [jnp.int32(0 if n == 1 else start) for start, n in zip(starts, x.shape, strict=True)]
 
 
-def _largest_divisor(n: int, most: int) -> int:
+def largest_divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most`, or 1."""
     return next(d for d in range(min(n, max(most, 1)), 0, -1) if n % d == 0)
 
 

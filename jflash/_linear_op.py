@@ -1,0 +1,105 @@
+"""The one differentiable operation behind linear attention: a custom_vjp over whichever backend was chosen.
+
+vmap folds into the batch, but for packed calls, which run one example after another. Second derivatives raise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from jflash import _transforms, backends
+from jflash._transforms import fold, fold_into_batch
+from pallas_kernels.problem import LinearArrays, LinearProblem, LinearResults
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def attend(problem: LinearProblem, backend: str, arrays: LinearArrays) -> LinearResults:
+    """out and the final state, differentiable in q, k, v, log_decay, a floating mask and the initial state."""
+    if backend == "reference":
+        return backends.get(backend, backends.LINEAR).forward(problem, arrays)._replace(norm=None)
+    return _attend(problem, backend, arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(problem: LinearProblem, backend: str, arrays: LinearArrays) -> LinearResults:
+    return _forward(problem, backend, arrays)._replace(norm=None)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """Which of the optional gradients somebody asked for."""
+
+    log_decay: bool
+    mask: bool
+
+
+def _attend_fwd(problem: LinearProblem, backend: str, arrays: LinearArrays):
+    perturbed, arrays = _transforms.perturbed(arrays), _transforms.values(arrays)
+    results = _forward(problem, backend, arrays)
+    wanted = _Wanted(log_decay=bool(perturbed.log_decay), mask=bool(perturbed.mask))
+    return results._replace(norm=None), (arrays, results.out, results.norm, wanted)
+
+
+def _attend_bwd(problem: LinearProblem, backend: str, residuals, cotangents: LinearResults):
+    arrays, out, norm, wanted = residuals
+    d_out, _, d_kv, d_z = (None if x is None else _transforms.materialize(x) for x in cotangents)
+    problem = dataclasses.replace(problem, decay_gradient=wanted.log_decay, mask_gradient=wanted.mask)
+    operands = _transforms.first_order_only(backend, (arrays, out, norm, d_out, d_kv, d_z))
+    grads = _folded(backends.get(backend, backends.LINEAR).backward, problem)(operands)
+    return (LinearArrays(**grads._asdict()),)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+
+
+def _forward(problem: LinearProblem, backend: str, arrays: LinearArrays) -> LinearResults:
+    problem = dataclasses.replace(problem, decay_gradient=False, mask_gradient=False)
+    return _folded(backends.get(backend, backends.LINEAR).forward, problem)((arrays,))
+
+
+def _folded(function, problem: LinearProblem):
+    """function(problem, *operands) of a tuple of operands, under vmap."""
+    spread = lambda problem, operands: function(problem, *operands)  # noqa: E731
+    if problem.sequences is None:
+        return fold_into_batch(spread, problem, _fold_operands)
+    return _one_after_another(functools.partial(spread, problem))
+
+
+def _one_after_another(function):
+    """function(operands), with a vmap rule that maps: each packed row has cu_seqlens of its own."""
+
+    @custom_vmap
+    def call(operands):
+        return function(operands)
+
+    @call.def_vmap
+    def _(n, is_mapped_by_argument, operands):
+        (is_mapped,) = is_mapped_by_argument
+        every = jax.tree.map(lambda x, m: x if m else jnp.broadcast_to(x, (n, *x.shape)), operands, is_mapped)
+        results = jax.lax.map(_one_after_another(function), every)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return call
+
+
+def _fold_operands(n: int, problem: LinearProblem, operands, is_mapped):
+    """The problem and the operands (LinearArrays, *[B, ...]) of n examples in one batch."""
+    arrays, *rest = operands
+    arrays_mapped, *rest_mapped = is_mapped
+    wanted = {"log_decay": problem.decay_gradient, "mask": problem.mask_gradient}
+
+    def fold_one(name, x, mapped):
+        if x is None or (wanted.get(name) is False and not mapped and x.shape[0] == 1):
+            return x  # broadcasts over every example alike
+        return fold(n, problem.B, x, mapped)
+
+    arrays = LinearArrays(*map(fold_one, LinearArrays._fields, arrays, arrays_mapped))
+    rest = (None if x is None else fold(n, problem.B, x, m) for x, m in zip(rest, rest_mapped, strict=True))
+    mask_shape = None if arrays.mask is None else arrays.mask.shape
+    return dataclasses.replace(problem, B=n * problem.B, mask_shape=mask_shape), (arrays, *rest)

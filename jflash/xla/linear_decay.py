@@ -1,0 +1,101 @@
+"""The decays of a chunk, from the log decay of each of its tokens, by sums that never cancel.
+
+A sum over the tokens between j and i is not taken as a difference of two running sums: that loses the digits
+of a weak decay next to a strong one, and is NaN after a log decay of -inf.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_BLOCK = 16
+
+
+class Decay(NamedTuple):
+    """Factors in [0, 1] of one chunk, to multiply [..., C, C], [..., C, D], [..., C, D] and [..., D, Dv]."""
+
+    within: jax.Array  # from token j (column) to token i (row), 0 where i does not see j
+    enter: jax.Array  # from outside to each token, its own decay included
+    leave: jax.Array  # from each token to the far side of the chunk, its own decay left out
+    total: jax.Array  # through the whole chunk
+
+
+def decay_of(g: jax.Array | None, size: int, dtype, reverse: bool, diagonal: bool) -> Decay:
+    """The decay of chunks [..., C] of C = size tokens, a power of two, with log decays g; None is no decay.
+
+    `reverse`: tokens see later ones. `diagonal`: they see themselves.
+    """
+    if g is None:
+        one = jnp.ones((), dtype)
+        within = jnp.tri(size, k=0 if diagonal else -1, dtype=dtype)
+        return Decay(within.T if reverse else within, one, one, one)
+    if reverse:
+        g = jnp.flip(g, axis=-1)
+    within = jnp.exp(between(g))
+    if not diagonal:
+        within = jnp.where(_eye(size), 0, within)
+    enter, leave = jnp.exp(_up_to(g)), jnp.exp(_after(g))
+    total = enter[..., -1:]
+    if reverse:
+        within, enter, leave = jnp.flip(within, axis=(-2, -1)), jnp.flip(enter, axis=-1), jnp.flip(leave, axis=-1)
+    return Decay(within, enter[..., None], leave[..., None], total[..., None])
+
+
+def between(g: jax.Array) -> jax.Array:
+    """[..., C] -> [..., C, C], the sum of g[s] over j < s <= i, and -inf above the diagonal.
+
+    In blocks: what is left of j's block, the blocks between, and what i's block has had.
+    """
+    size = g.shape[-1]
+    block = min(_BLOCK, size)
+    g = g.reshape(*g.shape[:-1], size // block, block)
+    m = size // block
+    own = _spans(g, last=True)
+    gap = _spans(g.sum(axis=-1), last=False)
+    across = _up_to(g)[..., :, :, None, None] + gap[..., :, None, :, None] + _after(g)[..., None, None, :, :]
+    sums = jnp.where(_eye(m)[:, None, :, None], own[..., :, :, None, :], across)
+    sums = sums.reshape(*sums.shape[:-4], size, size)
+    return jnp.where(jnp.tri(size, dtype=bool), sums, -jnp.inf)
+
+
+def gradient(d_within: jax.Array, d_enter: jax.Array, d_leave: jax.Array, d_total: jax.Array, reverse: bool):
+    """[..., C], the cotangent of g, from those of the *logs* of the four factors.
+
+    d_within is [..., C, C], d_enter and d_leave are [..., C], d_total is [...].
+    """
+    # No token lies between i and i. Row sums less column sums leave the pairs with the token between them.
+    d_within = jnp.where(_eye(d_within.shape[-1]), 0, d_within)
+    inner = d_within.sum(axis=-1) - d_within.sum(axis=-2) + d_enter
+    if reverse:
+        return _up_to(inner) + _after(d_leave) + d_total[..., None]
+    return inner + _after(inner) + _before(d_leave) + d_total[..., None]
+
+
+def _spans(x: jax.Array, last: bool) -> jax.Array:
+    """[..., n] -> [..., n, n], the sum of x[s] over j < s < i, or j < s <= i if last."""
+    n = x.shape[-1]
+    i, j, s = jnp.arange(n)[:, None, None], jnp.arange(n)[:, None], jnp.arange(n)
+    inside = (j < s) & ((s <= i) if last else (s < i))
+    return jnp.where(inside, x[..., None, None, :], 0).sum(axis=-1)
+
+
+def _up_to(x: jax.Array) -> jax.Array:
+    """Sums of what is not later, along the last axis."""
+    return jnp.where(jnp.tri(x.shape[-1], dtype=bool), x[..., None, :], 0).sum(axis=-1)
+
+
+def _before(x: jax.Array) -> jax.Array:
+    """Sums of what is earlier, along the last axis."""
+    return jnp.where(jnp.tri(x.shape[-1], k=-1, dtype=bool), x[..., None, :], 0).sum(axis=-1)
+
+
+def _after(x: jax.Array) -> jax.Array:
+    """Sums of what is later, along the last axis."""
+    return jnp.where(jnp.tri(x.shape[-1], dtype=bool), 0, x[..., None, :]).sum(axis=-1)
+
+
+def _eye(n: int) -> jax.Array:
+    return jnp.eye(n, dtype=bool)
