@@ -1,4 +1,4 @@
-"""The one differentiable operation behind softmax attention: a custom_vjp over whichever backend was chosen.
+"""The one differentiable operation behind softmax and L1 attention: a custom_vjp over whichever backend was chosen.
 
 vmap folds into the batch, so a backend never sees an extra axis. Second derivatives raise.
 """
@@ -19,12 +19,12 @@ from pallas_kernels.problem import AttentionArrays, AttentionGradients, Attentio
 def attend(problem: AttentionProblem, backend: str, arrays: AttentionArrays) -> tuple[jax.Array, jax.Array]:
     """out [B, Sq, H, Dv] and lse [B, H, Sq], differentiable in q, k, v, bias and sinks."""
     if backend == "reference":
-        return backends.get(backend).forward(problem, arrays)
+        return backends.get(backend, backends.attending(problem)).forward(problem, arrays)
     return _attend(problem, backend, arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(problem: AttentionProblem, backend: str, arrays: AttentionArrays):
+def _attend(problem: AttentionProblem, backend: str, arrays: AttentionArrays) -> tuple[jax.Array, jax.Array]:
     forward = functools.partial(_forward, backend=backend)
     problem = dataclasses.replace(problem, bias_gradient=False)
     return fold_into_batch(forward, problem, _fold_operands)((arrays,))
@@ -44,7 +44,7 @@ def _attend_fwd(problem: AttentionProblem, backend: str, arrays: AttentionArrays
         raise NotImplementedError(
             "alibi_slopes has no gradient: wrap it in jax.lax.stop_gradient, or pass the slopes as bias="
         )
-    out, lse = _attend(problem, backend, arrays)
+    out, lse = _attend(problem, backend, arrays)  # pyright: ignore[reportGeneralTypeIssues]
     return (out, lse), (arrays, out, lse, _Wanted(bias=bool(perturbed.bias)))
 
 
@@ -62,11 +62,11 @@ _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
 def _forward(problem: AttentionProblem, operands, *, backend: str):
-    return backends.get(backend).forward(problem, *operands)
+    return backends.get(backend, backends.attending(problem)).forward(problem, *operands)
 
 
 def _backward(problem: AttentionProblem, operands, *, backend: str) -> AttentionGradients:
-    return backends.get(backend).backward(problem, *operands)
+    return backends.get(backend, backends.attending(problem)).backward(problem, *operands)
 
 
 def _fold_operands(n: int, problem: AttentionProblem, operands, is_mapped):

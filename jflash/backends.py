@@ -13,10 +13,11 @@ from typing import Any, Literal
 import jax
 from jax.core import Tracer
 
-from jflash import linear_reference, reference, xla
+from jflash import l1_reference, linear_reference, reference, xla
+from jflash.xla import l1 as xla_l1
 from jflash.xla import linear as xla_linear
 from pallas_kernels import hopper
-from pallas_kernels.problem import AttentionProblem, LinearProblem
+from pallas_kernels.problem import AttentionProblem, L1Problem, LinearProblem
 
 Problem = AttentionProblem | LinearProblem
 Direction = Literal["forward", "backward"]
@@ -27,7 +28,8 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 class Backend:
     """What runs one family of problems.
 
-    Softmax: forward(problem, arrays) -> (out, lse); backward(problem, arrays, out, lse, d_out, d_lse) -> gradients.
+    Softmax and L1: forward(problem, arrays) -> (out, lse); backward(problem, arrays, out, lse, d_out, d_lse) ->
+    gradients.
     Linear: forward(problem, arrays) -> LinearResults; backward(problem, arrays, out, norm, d_out, d_kv, d_z) ->
     gradients.
     """
@@ -51,6 +53,15 @@ LINEAR = (
     Backend("xla", _always, xla_linear.forward, xla_linear.backward),
     Backend("reference", _always, linear_reference.linear_attention, None),
 )
+L1 = (
+    Backend("xla", _always, xla_l1.forward, xla_l1.backward),
+    Backend("reference", _always, l1_reference.l1_attention, None),
+)
+
+
+def attending(problem: AttentionProblem) -> tuple[Backend, ...]:
+    """The backends of a problem's family: softmax or L1."""
+    return L1 if isinstance(problem, L1Problem) else BACKENDS
 
 
 def get(name: str, among: tuple[Backend, ...] = BACKENDS) -> Backend:

@@ -19,8 +19,12 @@ from pallas_kernels.problem import AttentionArrays, AttentionProblem
 
 def attention(problem: AttentionProblem, arrays: AttentionArrays) -> tuple[jax.Array, jax.Array]:
     """Returns out [B, Sq, H, Dv] in the input dtype and the natural-log lse [B, H, Sq] in float32 or wider."""
-    p, a = problem, arrays
-    s = jnp.where(_visible(p, a), _scores(p, a), -jnp.inf)
+    return softmax(problem, arrays, _scores(problem, arrays))
+
+
+def softmax(p: AttentionProblem, a: AttentionArrays, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """out and lse from scores [B, H, Sq, Sk] before masking."""
+    s = jnp.where(visible(p, a), scores, -jnp.inf)
     top = s.max(axis=-1, initial=-jnp.inf)
     if a.sinks is not None:
         sink = jnp.broadcast_to(a.sinks.astype(s.dtype)[:, :, None], top.shape)
@@ -35,7 +39,7 @@ def attention(problem: AttentionProblem, arrays: AttentionArrays) -> tuple[jax.A
     lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
     if p.dropout_rate:
         weights = jnp.where(_kept(p, a), weights / (1.0 - p.dropout_rate), 0.0)
-    out = jnp.einsum("bhgij,bjhv->bihgv", _by_group(p, weights).astype(a.v.dtype), a.v, preferred_element_type=s.dtype)
+    out = jnp.einsum("bhgij,bjhv->bihgv", by_group(p, weights).astype(a.v.dtype), a.v, preferred_element_type=s.dtype)
     out = out.reshape(p.B, p.Sq, p.H, p.Dv) / jnp.moveaxis(total, 1, 2)[..., None]
     return out.astype(a.q.dtype), lse
 
@@ -56,7 +60,7 @@ def _scores(p: AttentionProblem, a: AttentionArrays) -> jax.Array:
     return s
 
 
-def _visible(p: AttentionProblem, a: AttentionArrays) -> jax.Array:
+def visible(p: AttentionProblem, a: AttentionArrays) -> jax.Array:
     """Which scores take part, bool, broadcastable to [B, H, Sq, Sk]."""
     i, j = _positions(p)
     seen = jnp.ones((1, 1, p.Sq, p.Sk), bool)
@@ -86,7 +90,7 @@ def _positions(p: AttentionProblem) -> tuple[jax.Array, jax.Array]:
     return jnp.arange(p.Sq)[:, None] + p.offset, jnp.arange(p.Sk)[None, :]
 
 
-def _by_group(p: AttentionProblem, x: jax.Array) -> jax.Array:
+def by_group(p: AttentionProblem, x: jax.Array) -> jax.Array:
     return x.reshape(p.B, p.Hk, p.group, p.Sq, p.Sk)
 
 

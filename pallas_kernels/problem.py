@@ -170,3 +170,20 @@ class LinearGradients(NamedTuple):
     mask: jax.Array | None = None
     kv: jax.Array | None = None
     z: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class L1Problem(AttentionProblem):
+    """The static facts of one L1-attention call: attention on distances `d_ij = sum_w |q_iw - k_jw|`.
+
+    Scores are `-scale d` ("neg") or `1 / (eps + scale d)` ("reciprocal"), then bias and masks as in softmax
+    attention; softcap, ALiBi and dropout are never set. Arrays and gradients are AttentionArrays and
+    AttentionGradients. `lse` is 0 where the weights have no denominator. A tie has no gradient: sign(0) = 0.
+    """
+
+    kind: str = "neg"  # or "reciprocal"
+    eps: float = 0.0  # of "reciprocal"
+    weight: str = "softmax"  # or "exp": exp(s); "tanh1": 1 + tanh(s)
+    center: bool = False  # d is less (sum_w |q_iw| + sum_w |k_jw|) / sqrt(2)
+    exclude_diagonal: bool = False  # query i does not see key i + offset
+    compute: str = "auto"  # how |q - k| is found; "f32": subtracted and added in float32

@@ -23,6 +23,11 @@ from pallas_kernels.problem import AttentionArrays, AttentionGradients, Attentio
 
 def backward(p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_lse) -> AttentionGradients:
     """Gradients of every differentiable operand, given both outputs and their cotangents."""
+    return backward_blocks(p, a, out, lse, d_out, d_lse, _step)
+
+
+def backward_blocks(p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_lse, step) -> AttentionGradients:
+    """The gradients, where step(p, t, g, block, at, ki, carry, masked) adds a tile to (dq, dk, dv, d_bias)."""
     t = tiles.choose(p, block_q=512, block_k=256)
     g = operands.group(p, t, a)
     delta = product("bihv,bihv->bhi", d_out, out).astype(lse.dtype) - d_lse
@@ -33,9 +38,9 @@ def backward(p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_lse) ->
         operands.statistic(p, t, delta, 0.0),
     )
     d_bias = None if not p.bias_gradient else jnp.zeros(g.bias.shape, lse.dtype)
-    starts = (jnp.arange(0, n, step, dtype=jnp.int32) for n, step in ((p.B, t.b), (p.Hk, t.h)))
+    starts = (jnp.arange(0, n, size, dtype=jnp.int32) for n, size in ((p.B, t.b), (p.Hk, t.h)))
     corners = jnp.meshgrid(*starts, indexing="ij")
-    chunk = functools.partial(_chunk, p, t, g, rows)
+    chunk = functools.partial(_chunk, p, t, g, rows, step)
     d_bias, (dq, dk, dv) = lax.scan(chunk, d_bias, [x.ravel() for x in corners])
     dq = jnp.moveaxis(dq, 1, 4).reshape(-1, t.b, t.h, p.group, t.nq * t.bq, p.D)
     return AttentionGradients(
@@ -47,18 +52,18 @@ def backward(p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_lse) ->
     )
 
 
-def _chunk(p: AttentionProblem, t: Tile, g: Grouped, rows, d_bias, corner):
+def _chunk(p: AttentionProblem, t: Tile, g: Grouped, rows, step, d_bias, corner):
     """All query blocks of one chunk of heads: dk and dv stay in the carry, dq comes out block by block."""
     b, h = corner
     wide = rows[1].dtype
     head = (t.b, t.h, 1, t.nk * t.bk)
     carry = (jnp.zeros((*head, p.D), wide), jnp.zeros((*head, p.Dv), wide), d_bias)
-    step = functools.partial(_query_block, p, t, g, rows, b, h)
-    (dk, dv, d_bias), dq = lax.scan(step, carry, jnp.arange(t.nq, dtype=jnp.int32))
+    query_block = functools.partial(_query_block, p, t, g, rows, step, b, h)
+    (dk, dv, d_bias), dq = lax.scan(query_block, carry, jnp.arange(t.nq, dtype=jnp.int32))
     return d_bias, (dq, dk, dv)
 
 
-def _query_block(p: AttentionProblem, t: Tile, g: Grouped, rows, b, h, carry, qi):
+def _query_block(p: AttentionProblem, t: Tile, g: Grouped, rows, step, b, h, carry, qi):
     d_out, lse, delta = rows
     corner, size = (b, h, 0, qi * t.bq), (t.b, t.h, None, t.bq)
     block = (
@@ -68,7 +73,7 @@ def _query_block(p: AttentionProblem, t: Tile, g: Grouped, rows, b, h, carry, qi
         take(delta, corner, size)[..., None],
     )
     dq = jnp.zeros(block[0].shape, lse.dtype)
-    step = functools.partial(_step, p, t, g, block, At(b, h, qi, jnp.int32(0)))
+    step = functools.partial(step, p, t, g, block, At(b, h, qi, jnp.int32(0)))
     dq, *carry = tiles.over_keys(p, t, qi, step, (dq, *carry))
     return tuple(carry), dq
 
@@ -94,8 +99,8 @@ def _step(p: AttentionProblem, t: Tile, g: Grouped, block, at: At, ki, carry, ma
     ds = (ds if slope is None else ds * slope).astype(q.dtype)
     dq = dq + product("nhgqk,nhkd->nhgqd", ds, k[:, :, 0]) * p.scale
     here, size = (0, 0, 0, ki * t.bk, 0), (None, None, None, t.bk, None)
-    dk = add(dk, product("nhrk,nhrd->nhkd", _merge(ds), _merge(q))[:, :, None] * p.scale, here, size)
-    dv = add(dv, product("nhrk,nhrv->nhkv", _merge(dropped.astype(q.dtype)), _merge(d_out))[:, :, None], here, size)
+    dk = add(dk, product("nhrk,nhrd->nhkd", merge(ds), merge(q))[:, :, None] * p.scale, here, size)
+    dv = add(dv, product("nhrk,nhrv->nhkv", merge(dropped.astype(q.dtype)), merge(d_out))[:, :, None], here, size)
     return dq, dk, dv, d_bias
 
 
@@ -121,6 +126,6 @@ def _cut(p: AttentionProblem, d_bias: jax.Array) -> jax.Array:
     return d_bias.reshape(b, h, *d_bias.shape[3:])[:, :, :i, :j]
 
 
-def _merge(x: jax.Array) -> jax.Array:
+def merge(x: jax.Array) -> jax.Array:
     """[b, h, G, rows, columns] -> [b, h, G rows, columns]: XLA contracts one axis faster than two."""
     return x.reshape(*x.shape[:2], -1, x.shape[-1])

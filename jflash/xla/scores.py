@@ -46,7 +46,7 @@ def scores(p: AttentionProblem, t: Tile, g: Grouped, at: At, q: jax.Array, k: ja
     if g.alibi_slopes is not None:
         i, j = positions(p, t, at)
         s = s - take(g.alibi_slopes, at.starts(t), sizes(t)).astype(s.dtype) * jnp.abs(i - j).astype(s.dtype)
-    seen = _visible(p, t, g, at, masked)
+    seen = visible(p, t, g, at, masked)
     return s if seen is None else jnp.where(seen, s, -jnp.inf), slope
 
 
@@ -73,7 +73,8 @@ def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _visible(p: AttentionProblem, t: Tile, g: Grouped, at: At, masked: bool) -> jax.Array | None:
+def visible(p: AttentionProblem, t: Tile, g: Grouped, at: At, masked: bool) -> jax.Array | None:
+    """Which scores of a tile take part, broadcastable to [b, h, G, bq, bk]; None: all of them."""
     parts = []
     if masked:
         i, j = positions(p, t, at)
