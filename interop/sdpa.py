@@ -47,23 +47,24 @@ def scaled_dot_product_attention(
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask with is_causal=True must be None: put the causal part into the mask")
     if query.shape[1] != key.shape[1] and not enable_gqa:
-        raise ValueError(
-            f"query heads={query.shape[1]} and key heads={key.shape[1]} must be equal without enable_gqa"
-        )
+        raise ValueError(f"query heads={query.shape[1]} and key heads={key.shape[1]} must be equal without enable_gqa")
     right = -1
     if is_causal:
-        # The op counts positions from the bottom right. Keys after the last query are never seen.
-        L = query.shape[2]
-        key, value = key[:, :, :L], value[:, :, :L]
-        right = L - key.shape[2]
+        key, value, right = causal_from_top_left(query.shape[2], key, value)
     options = Options(
         scale=None if scale is None else _arguments.number("scale", scale),
-        left=-1,
         right=right,
-        softcap=0.0,
         dropout_p=_arguments.dropout_p(dropout_p),
-        deterministic=False,
     )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out, _ = attention(q, k, v, options, attn_mask=attn_mask)
     return out.transpose(1, 2)
+
+
+def causal_from_top_left(L: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+    """key and value without what none of L queries sees, and `right` of the operators.
+
+    Query i sees keys 0..i, while the operators count from the bottom right.
+    """
+    key, value = key[:, :, :L], value[:, :, :L]
+    return key, value, L - key.shape[2]

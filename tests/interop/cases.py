@@ -92,15 +92,14 @@ def by_definition(q, k, v, *, scale=None, left=-1, right=-1, softcap=0.0, alibi_
 def assert_follows(names, ours, low, ref, dtype) -> None:
     """Every array within the rule of `tests.oracle`: as near to `ref` as `low`, the formula in our dtype."""
     for name, x, lo, r in zip(names, ours, low, ref, strict=True):
+        assert not r.isnan().any(), f"{name}: the reference is not a number"
         arrays = (y.detach().double().numpy() for y in (x, lo, r))
         assert_close(name, *arrays, jnp.dtype(str(dtype).removeprefix("torch.")))
 
 
 def _to_jax(x: torch.Tensor) -> jax.Array:
     x = x.detach()
-    return (
-        jnp.asarray(x.float().numpy(), jnp.bfloat16) if x.dtype == torch.bfloat16 else jnp.asarray(x.numpy())
-    )
+    return jnp.asarray(x.float().numpy(), jnp.bfloat16) if x.dtype == torch.bfloat16 else jnp.asarray(x.numpy())
 
 
 def _to_torch(x: jax.Array) -> torch.Tensor:

@@ -78,9 +78,7 @@ def test_func_grad_and_vjp():
     expected = gradients(attend(*tensors, causal=True), tensors)
     plain = [x.detach() for x in tensors]
     outputs, pull = torch.func.vjp(lambda *t: attend(*t, causal=True), *plain)
-    weights = [
-        torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(outputs)
-    ]
+    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(outputs)]
 
     def loss(*t):
         return sum((x * w).sum() for x, w in zip(attend(*t, causal=True), weights, strict=True))
@@ -93,9 +91,7 @@ def test_func_grad_and_vjp():
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (None, 1, 1)], ids=str)
 def test_vmap_is_a_loop(in_dims):
     """Values and gradients, with every tensor mapped and with some shared."""
-    q, k, v = (
-        x if d == 0 else x.movedim(0, 1) if d else x[0] for x, d in zip(examples(), in_dims, strict=True)
-    )
+    q, k, v = (x if d == 0 else x.movedim(0, 1) if d else x[0] for x, d in zip(examples(), in_dims, strict=True))
 
     def both(q, k, v):
         outputs, pull = torch.func.vjp(attend, q, k, v)
@@ -103,8 +99,7 @@ def test_vmap_is_a_loop(in_dims):
 
     mapped = torch.vmap(both, in_dims)(q, k, v)
     each = [
-        both(*(x if d is None else x.select(d, i) for x, d in zip((q, k, v), in_dims, strict=True)))
-        for i in range(3)
+        both(*(x if d is None else x.select(d, i) for x, d in zip((q, k, v), in_dims, strict=True))) for i in range(3)
     ]
     for x, y in zip(mapped, zip(*each, strict=True), strict=True):
         torch.testing.assert_close(x, torch.stack(y), atol=1e-5, rtol=1e-5)
@@ -165,9 +160,7 @@ def test_vmap_of_dropout_draws_as_told():
     words = torch.randint(-(2**31), 2**31, (3, 1, 2), dtype=torch.int32)
 
     def with_key(q, k, v, words):
-        return ops.attention_forward(*ops.Operands(q, k, v, dropout_seed=words), *ops.Options(dropout_p=0.5))[
-            0
-        ]
+        return ops.attention_forward(*ops.Operands(q, k, v, dropout_seed=words), *ops.Options(dropout_p=0.5))[0]
 
     together = torch.vmap(with_key)(q, k, v, words)
     for i in range(3):  # each example is what its own key gives alone

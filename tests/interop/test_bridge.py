@@ -41,9 +41,7 @@ LAYOUTS = {
 def run(code: str) -> str:
     """stdout of a fresh interpreter without JAX's memory settings."""
     inherited = {name: x for name, x in os.environ.items() if name not in bridge.MEMORY_SETTINGS}
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=inherited, check=False
-    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=inherited, check=False)
     assert found.returncode == 0, found.stderr
     return found.stdout.strip()
 

@@ -1,0 +1,168 @@
+"""`attn_implementation="jflash"` for the models of Hugging Face Transformers.
+
+    interop.transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="jflash")
+
+A layer sees what it would see under "sdpa". Nothing is patched before `register` is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers import __version__ as installed
+
+from interop.attention import attention
+from interop.masks import Mask, Pattern, mask
+from interop.ops import Options
+from interop.sdpa import causal_from_top_left
+
+_registered: set[str] = set()
+
+
+def register(name: str = "jflash") -> str:
+    """Makes `attn_implementation=name` known to Transformers, in `from_pretrained` and at run time.
+
+    Works for the models that look their attention up by name, which `model.set_attn_implementation` accepts
+    too; others raise ValueError. Transformers takes a name with "flash" in it for a package to install, or
+    swaps it for one that the model prefers: `register` replaces that check, for this name only.
+
+    Returns the name.
+
+    Raises:
+        RuntimeError: this version of Transformers has other masks, or no such check.
+    """
+    known = "q_offset" in inspect.signature(masking_utils.sdpa_mask).parameters
+    if not known or not hasattr(PreTrainedModel, "_check_and_adjust_attn_implementation"):
+        raise RuntimeError(f"transformers=={installed} must be as 5.23 is, in its masks and its check of names")
+    if not _registered:
+        _admit()
+    _registered.add(name)
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, mask)
+    return name
+
+
+def _admit() -> None:
+    check = PreTrainedModel._check_and_adjust_attn_implementation
+
+    @functools.wraps(check)
+    def admit(self, attn_implementation, *args, **options):
+        if attn_implementation not in _registered:
+            return check(self, attn_implementation, *args, **options)
+        if not self._can_set_attn_implementation():
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r} must be 'eager' for {type(self).__name__}, "
+                "which does not look its attention up by name"
+            )
+        return attn_implementation
+
+    PreTrainedModel._check_and_adjust_attn_implementation = admit
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    deterministic: bool | None = None,
+    **rest,
+) -> tuple[Tensor, None]:
+    """The attention of one layer: query [B, H, Sq, D], key and value [B, Hk, Sk, D] -> [B, Sq, H, Dv].
+
+    The arguments are those that Transformers' models pass. `s_aux` are sinks [H].
+
+    Raises:
+        NotImplementedError: a sparse layer's `indices`, sinks that differ by token, a paged `cache`, or
+            `output_attentions`: the weights are never in memory.
+    """
+    _check_the_rest(module, rest)
+    dense = None
+    if attention_mask is None:
+        key, value, pattern = _without_mask(module, query, key, value, is_causal)
+    elif isinstance(attention_mask, Mask):
+        pattern = attention_mask.pattern
+    elif attention_mask.dim() == 4:
+        dense, pattern = attention_mask, Pattern()
+    else:
+        raise ValueError(f"attention_mask.shape={list(attention_mask.shape)} must have 4 axes")
+    if dense is None and sliding_window is not None:
+        pattern = pattern.within(sliding_window - 1, sliding_window - 1)
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+        pattern = _packed_by_length(pattern, query, key, cu_seq_lens_q, cu_seq_lens_k)
+    elif dense is None and pattern.segment_ids is None:
+        pattern = _packed_by_position(pattern, query, key, position_ids)
+    options = Options(
+        scale=scaling,
+        left=pattern.left,
+        right=pattern.right,
+        softcap=softcap or 0.0,
+        dropout_p=dropout,
+        deterministic=bool(deterministic),
+    )
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out, _ = attention(
+        q, k, v, options, attn_mask=dense, bias=position_bias, segment_ids=pattern.segment_ids, sinks=s_aux
+    )
+    return out, None
+
+
+def _check_the_rest(module: torch.nn.Module, rest: dict) -> None:
+    for name in ("cache", "indices", "block_indices", "sinks"):
+        if rest.get(name) is not None:
+            raise NotImplementedError(f"{name} of {type(module).__name__} must be None: not in the kernels")
+    if rest.get("output_attentions"):
+        raise NotImplementedError("output_attentions=True needs attn_implementation='eager'")
+
+
+def _without_mask(module, query: Tensor, key: Tensor, value: Tensor, is_causal: bool | None):
+    """key, value and pattern where there is no mask: what sdpa does with the layer's is_causal."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal or query.shape[2] == 1:
+        return key, value, Pattern()
+    key, value, right = causal_from_top_left(query.shape[2], key, value)
+    return key, value, Pattern(right=right)
+
+
+def _packed_by_position(pattern: Pattern, query: Tensor, key: Tensor, position_ids: Tensor | None) -> Pattern:
+    """With the sequences that start where a position is 0.
+
+    Where there is a cache, Transformers leaves it to flash attention to find them, in a batch of one.
+    """
+    tokens = query.shape[0], query.shape[2]
+    if position_ids is None or not (1, key.shape[2]) == tokens == position_ids.shape:
+        return pattern
+    ids = (position_ids == 0).cumsum(-1)
+    if not torch.compiler.is_compiling() and ids[0, -1] <= 1:
+        return pattern
+    return pattern._replace(segment_ids=(ids, ids))
+
+
+def _packed_by_length(pattern: Pattern, query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor) -> Pattern:
+    """With the sequences that start at cu_q and cu_k [n + 1], within the segments that there are."""
+    if query.shape[0] != 1:
+        raise ValueError(f"batch={query.shape[0]} must be 1 with cu_seq_lens_q")
+    banded = pattern.left >= 0 or pattern.right >= 0
+    if banded and cu_q is not cu_k and not torch.equal(cu_q, cu_k):
+        raise NotImplementedError("cu_seq_lens_q and cu_seq_lens_k must be equal in a causal or windowed layer")
+    found = []
+    for cu, x, outer in zip((cu_q, cu_k), (query, key), pattern.segment_ids or (0, 0), strict=True):
+        token = torch.arange(x.shape[2], device=cu.device)
+        sequence = torch.searchsorted(cu[1:].contiguous(), token, right=True)
+        found.append(outer * cu.numel() + sequence[None])
+    return pattern._replace(segment_ids=(found[0], found[1]))
