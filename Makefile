@@ -98,6 +98,6 @@ endif
 	@echo "== .venv-compile: installing JAX's CUDA plugin and ptxas, 1.3 GB"
 	@$(COMPILE_PYTHON) -m venv .venv-compile
 	@jax=$$(.venv-compile/bin/python -c 'import sys; print("0.11.2" if sys.version_info >= (3, 12) else "0.10.2")'); \
-		.venv-compile/bin/pip install -qq -e . jax==$$jax absl-py hypothesis pytest pytest-timeout pytest-xdist && \
+		.venv-compile/bin/pip install -qq -e . jax==$$jax hypothesis pytest pytest-timeout pytest-xdist && \
 		.venv-compile/bin/pip install -qq --no-deps jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax $(CUDA_WHEELS)
 	@touch $@

@@ -53,7 +53,7 @@ PRESETS = {
     "sweep": sweep,
     "others": others,
     "long": lambda: sweep(lengths=(8192,)),
-    "foundation": lambda: sweep(dims=(64, 128), lengths=(1024, 8192)),
+    "foundation": lambda: sweep(dims=(128, 64), lengths=(8192,)),
     "cpu": cpu,
 }
 
@@ -118,7 +118,9 @@ def _measure(peers: list[Peer], case: Case, dtype: str, direction: str, args, on
     rows = []
     for name, spread in interleaved(ready, args.rounds, args.seconds).items():
         tflops = flops / spread.ms / 1e9 if on_gpu else None
-        rows.append(results.Row("attention", direction, name, dtype, shape, **dataclasses.asdict(spread), tflops=tflops))
+        rows.append(
+            results.Row("attention", direction, name, dtype, shape, **dataclasses.asdict(spread), tflops=tflops)
+        )
     line = "  ".join(f"{r.impl} {r.tflops:.0f}" if r.tflops else f"{r.impl} {r.ms:.1f}ms" for r in rows)
     print(f"{results.label(shape)} {direction}: {line}", flush=True)
     return rows

@@ -5,6 +5,7 @@ A peer makes, for a case, a `Timed` for each direction it can do, or raises; the
 
 from __future__ import annotations
 
+# pyright: reportMissingImports=false
 import dataclasses
 import functools
 import importlib
@@ -96,19 +97,16 @@ def torch_peer(function: Callable[[Case], Callable], heads_first: bool = False):
             tensors.append(t.transpose(1, 2).contiguous() if heads_first else t)
         *qkv, cotangent = tensors
         wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-        if direction == "forward":
+        if direction != "forward":
+            qkv = [x.requires_grad_() for x in qkv]
+        kept = attend(*qkv) if direction == "backward" else None
 
-            def run():
+        def run():
+            if direction == "forward":
                 with torch.no_grad():
                     return attend(*qkv)
-
-        else:
-            qkv = [x.requires_grad_() for x in qkv]
-            kept = attend(*qkv)
-
-            def run():
-                out = kept if direction == "backward" else attend(*qkv)
-                return torch.autograd.grad(out, qkv, cotangent, retain_graph=direction == "backward")
+            out = attend(*qkv) if kept is None else kept
+            return torch.autograd.grad(out, qkv, cotangent, retain_graph=kept is not None)
 
         return Timed(run, lambda _: wait())
 
@@ -126,8 +124,9 @@ def _jflash_deterministic(case: Case) -> Callable:
 def _jax_nn(implementation: str, case: Case) -> Callable:
     if case.D != case.Dv:
         raise NotImplementedError("jax.nn wants one head dim")
+    attend: Any = jax.nn.dot_product_attention
     return functools.partial(
-        jax.nn.dot_product_attention,
+        attend,
         is_causal=case.causal,
         local_window_size=case.window,
         implementation=implementation,

@@ -35,9 +35,7 @@ def draw(report: results.Report, path: Path) -> None:
     for axes, direction in zip(panels, directions, strict=True):
         _panel(axes, [row for row in report.rows if row.direction == direction], colors)
         axes.set_title(direction)
-    handles = {
-        text: line for axes in panels for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    handles = {text: line for axes in panels for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
     figure.suptitle(f"{report.device}, {report.date}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -84,9 +84,7 @@ def measurements(folder: Path = RESULTS) -> str:
         return "Nothing has been measured yet: `python -m bench attention` measures."
     header = ["device", "family", "direction", "cases", "best peer's time / ours: median", "worst", "best"]
     lines = [line for report in reports.values() for line in _summary(report)]
-    return "\n\n".join(
-        [table(header, lines, right=4), *(_folded(path, report) for path, report in reports.items())]
-    )
+    return "\n\n".join([table(header, lines, right=4), *(_folded(path, report) for path, report in reports.items())])
 
 
 def _summary(report: results.Report) -> Iterable[list[str]]:
@@ -122,9 +120,7 @@ def _folded(path: Path, report: results.Report) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
     about = f"{versions}. Made by `{report.command}`."
     if report.matmul_tflops:
-        about += (
-            f" The 8192 x 8192 x 8192 bf16 matrix product of the same run: {report.matmul_tflops:.0f} TF/s."
-        )
+        about += f" The 8192 x 8192 x 8192 bf16 matrix product of the same run: {report.matmul_tflops:.0f} TF/s."
     plot = PLOTS / f"{path.stem}.png"
     picture = [f"![{path.stem}]({plot.relative_to(ROOT).as_posix()})"] if plot.exists() else []
     summary = f"{report.device}, {report.date}, {'TF/s' if on_gpu else 'milliseconds'}: {len(rows)} cases"

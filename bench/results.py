@@ -14,7 +14,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("jax", "jaxlib", "torch", "numpy", "tokamax", "flash_attn", "jax-linear-attention", "flash-linear-attention")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "torch",
+    "numpy",
+    "tokamax",
+    "flash_attn",
+    "jax-linear-attention",
+    "flash-linear-attention",
+)
 
 
 @dataclasses.dataclass(frozen=True)

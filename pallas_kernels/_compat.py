@@ -62,8 +62,25 @@ def accumulator(x: jax.Array):
     return jax.new_ref(x, memory_space=plgpu.GMEM)
 
 
+def _discharge_refs_inside_custom_vmap() -> None:
+    """JAX 0.10 lacks this rule, so an `accumulator` under a custom_vmap could not be compiled."""
+    from jax._src.custom_batching import custom_vmap_p
+    from jax._src.state import discharge
+    from jax.extend.core import jaxpr_as_fun
+
+    def rule(in_avals, out_avals, *operands, call, **_):
+        pure = discharge.discharge_state(call)
+        return (None,) * len(in_avals), jaxpr_as_fun(pure)(*operands)
+
+    discharge.register_discharge_rule(custom_vmap_p)(rule)
+
+
+if jax.__version_info__ < (0, 11):
+    _discharge_refs_inside_custom_vmap()
+
+
 def load(ref, layout):
     """Reads a shared-memory ref into registers of a layout."""
     if jax.__version_info__ < (0, 11):
         return plgpu.load(ref, (), layout=layout)
-    return plgpu.load(ref, layout=layout)
+    return plgpu.load(ref, layout=layout)  # pyright: ignore[reportCallIssue]

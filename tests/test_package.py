@@ -56,7 +56,7 @@ def test_metadata(wheel):
     assert found.get_all("License-File") == ["LICENSE"]
     assert {"torch", "flax", "cuda13", "bench", "dev"} <= set(found.get_all("Provides-Extra"))
     required = [line for line in found.get_all("Requires-Dist") if "extra ==" not in line]
-    assert sorted(line.split(">")[0].split("<")[0] for line in required) == ["jax", "numpy"]
+    assert sorted(line.split(">")[0].split("<")[0] for line in required) == ["absl-py", "jax", "numpy"]
 
 
 def test_version_is_the_package_s(wheel):

@@ -102,9 +102,8 @@ class Refs(NamedTuple):
     delta_smem: Any
     kv_full: Any
     q_full: Any
-    q_empty: Any
+    q_do_empty: Any
     do_full: Any
-    do_empty: Any
     meeting: Any
     dq_full: Any
     dq_empty: Any
@@ -169,9 +168,8 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         "delta_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
         "kv_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks + types["v_smem"].chunks),
         "q_full": plgpu.Barrier(num_arrivals=types["q_smem"].chunks + 1, num_barriers=t.stages),
-        "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=t.stages),
+        "q_do_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=t.stages),
         "do_full": plgpu.Barrier(num_arrivals=types["do_smem"].chunks + 1, num_barriers=t.stages),
-        "do_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=t.stages),
         "meeting": plan.meeting.scratch,
         "dq_full": plan.dq_full.scratch,
         "dq_empty": plan.dq_empty.scratch,
@@ -225,18 +223,13 @@ def _loader(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
         head, block = walk.at(step)
         row = block * t.block_q
         statistics = (work.b, head, pl.ds(row, t.block_q))
-        again = step >= t.stages
 
-        @pl.when(again)
+        @pl.when(step >= t.stages)
         def _():
-            plgpu.barrier_wait(refs.q_empty.at[slot])
+            plgpu.barrier_wait(refs.q_do_empty.at[slot])
 
         refs.q_smem.load(refs.q_gmem, work.b, row, head, slot, refs.q_full.at[slot])
         plgpu.copy_gmem_to_smem(refs.lse_gmem.at[statistics], refs.lse_smem.at[slot], refs.q_full.at[slot])
-
-        @pl.when(again)
-        def _():
-            plgpu.barrier_wait(refs.do_empty.at[slot])
 
         refs.do_smem.load(refs.do_gmem, work.b, row, head, slot, refs.do_full.at[slot])
         plgpu.copy_gmem_to_smem(refs.delta_gmem.at[statistics], refs.delta_smem.at[slot], refs.do_full.at[slot])
@@ -302,8 +295,6 @@ def _step(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, dk_acc, dv_acc, st
 
     def finish(dq_acc):
         _dq_product(plan, refs, wg, step, ds_slot, dq_acc)
-        plgpu.wgmma_wait(1)  # dV is done
-        plgpu.barrier_arrive(refs.do_empty.at[slot])
         running = tma.product(dk_acc, ds, refs.q_smem, slot)
         dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=running)
         plan.dq_empty.wait(refs.dq_empty, wg)
@@ -313,7 +304,7 @@ def _step(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, dk_acc, dv_acc, st
 
     pl.run_scoped(finish, plgpu.ACC(plan.dq_tile, jnp.float32))
     plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(refs.q_empty.at[slot])
+    plgpu.barrier_arrive(refs.q_do_empty.at[slot])
 
 
 def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, s_acc, dp_acc):

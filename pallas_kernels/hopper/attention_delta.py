@@ -50,8 +50,19 @@ def attention_delta(plan: Plan, out, lse, d_out, d_lse) -> tuple[jax.Array, jax.
 
 
 def _kernel(
-    plan: Plan, out_gmem, do_gmem, lse_gmem, dlse_gmem, lse2_gmem, delta_gmem, dq_gmem,
-    *, tile_smem, rows_smem, zero_smem, full,
+    plan: Plan,
+    out_gmem,
+    do_gmem,
+    lse_gmem,
+    dlse_gmem,
+    lse2_gmem,
+    delta_gmem,
+    dq_gmem,
+    *,
+    tile_smem,
+    rows_smem,
+    zero_smem,
+    full,
 ) -> None:
     p, t = plan.problem, plan.tile
     blocks = plan.query_blocks * t.block_q // ROWS

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _compat, tiles
+from pallas_kernels import _compat
 from pallas_kernels.hopper.attention_backward import CONSUMERS, Plan
 from pallas_kernels.parts import register_order, tma
 

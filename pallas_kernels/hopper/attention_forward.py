@@ -170,9 +170,9 @@ def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
         scratch["out_smem"] = scratch["q_smem"]
     tiles_smem = {name: x.view(scratch[name]) for name, x in _tile_types(plan).items()}
     refs = Refs(**dict(zip(names, gmem, strict=True)), **{**scratch, **tiles_smem})
-    wg = lax.axis_index("wg")
-    consume = functools.partial(_consumer, plan, refs, wg)
-    produce = functools.partial(_producer, plan, refs)
+    cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+    consume = functools.partial(_consumer, plan, refs, cta, wg)
+    produce = functools.partial(_producer, plan, refs, cta)
     lax.cond(wg < plan.tile.warpgroups, consume, produce)
 
 
@@ -192,11 +192,11 @@ def _cut(plan: Plan, keys: Range, block: jax.Array) -> jax.Array | None:
     return (block < keys.full_lo) | (block >= keys.full_hi)
 
 
-def _producer(plan: Plan, refs: Refs) -> None:
+def _producer(plan: Plan, refs: Refs, cta) -> None:
     plgpu.set_max_registers(plan.tile.producer_registers, action="decrease")
 
     def role():
-        schedule.for_each_tile(plan.schedule, refs.table_gmem, functools.partial(_load_tile, plan, refs))
+        schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, functools.partial(_load_tile, plan, refs))
 
     barriers.in_warps([role], 0, plan.interpret)
 
@@ -236,11 +236,11 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
     return done + steps
 
 
-def _consumer(plan: Plan, refs: Refs, wg: jax.Array) -> None:
+def _consumer(plan: Plan, refs: Refs, cta, wg) -> None:
     plgpu.set_max_registers(plan.tile.registers, action="increase")
     if plan.takes_turns:
         pl.when(wg == 0)(lambda: plan.turn.arrive(refs.turn, 0))
-    schedule.for_each_tile(plan.schedule, refs.table_gmem, functools.partial(_attend_tile, plan, refs, wg))
+    schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, functools.partial(_attend_tile, plan, refs, wg))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -330,9 +330,7 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
         plgpu.barrier_arrive(refs.v_empty.at[v_slot])
         return Carry(acc * softmax.over_columns(fade, acc.shape), weights, state)
 
-    return pl.run_scoped(
-        overlapped, plgpu.ACC((64, t.block_kv), jnp.float32), plgpu.ACC(carry.acc.shape, jnp.float32)
-    )
+    return pl.run_scoped(overlapped, plgpu.ACC((64, t.block_kv), jnp.float32), plgpu.ACC(carry.acc.shape, jnp.float32))
 
 
 def _last(plan: Plan, refs: Refs, step, carry: Carry) -> jax.Array:

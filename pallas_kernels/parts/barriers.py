@@ -5,6 +5,8 @@ Each has a second form that the CPU interpreter understands, so that a kernel is
 
 from __future__ import annotations
 
+# inline_mgpu supplies the first argument of what it decorates.
+# pyright: reportCallIssue=false
 import dataclasses
 from collections.abc import Callable, Sequence
 

@@ -7,6 +7,8 @@ for its own to come back. Formed again at each step, a descriptor costs an addit
 
 from __future__ import annotations
 
+# inline_mgpu supplies the first argument of what it decorates.
+# pyright: reportCallIssue=false
 import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu

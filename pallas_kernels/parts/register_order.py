@@ -6,6 +6,8 @@ back with `from_memory` gets the same registers, so the order on the way never m
 
 from __future__ import annotations
 
+# inline_mgpu supplies the first argument of what it decorates.
+# pyright: reportCallIssue=false
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,9 +36,7 @@ def to_memory(x: jax.Array, interpret: Interpret) -> jax.Array:
         return x.reshape(shape)
     layout = _strided(shape)
 
-    @plgpu.inline_mgpu(
-        arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout)
-    )
+    @plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout))
     def relabel(_, x):
         quads = ir.VectorType.get((_LANES,), ir.F32Type.get())
         flat = _scalars(x.registers)
@@ -55,9 +55,7 @@ def from_memory(ref, rows: int, columns: int, interpret: Interpret) -> jax.Array
         return ref[...].reshape(rows, columns)
     layout = _strided(shape)
 
-    @plgpu.inline_mgpu(
-        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct((rows, columns), jnp.float32, WGMMA)
-    )
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct((rows, columns), jnp.float32, WGMMA))
     def relabel(_, x):
         pairs = ir.VectorType.get((2,), ir.F32Type.get())
         flat = _scalars(x.registers)

@@ -73,9 +73,8 @@ class Schedule:
         return np.array([tiles + [-1] * (rounds - len(tiles)) for tiles in taken], np.int32)
 
 
-def for_each_tile(plan: Schedule, table_gmem, take: Callable) -> None:
-    """Runs done = take(work, done) over the tiles of this CTA, with 0 for the first."""
-    cta = lax.axis_index("cta")
+def for_each_tile(plan: Schedule, table_gmem, cta, take: Callable) -> None:
+    """Runs done = take(work, done) over the tiles of a CTA, with 0 for the first."""
     if not plan.persistent:
         take(plan.work(cta), 0)
         return

@@ -69,17 +69,17 @@ class Tiles:
     def load(self, source, index, row, head, n, barrier) -> None:
         """Starts filling tile n with rows from `row` of source[index, :, head]."""
         for c in range(self.type.chunks):
-            part = source.at[index, pl.ds(row, self.type.rows), head, self._columns(c)]
+            part = source.at[index, pl.ds(row, self.type.rows), head, self._columns(c, row)]
             plgpu.copy_gmem_to_smem(part, self.copied.at[n, c], barrier)
 
-    def store(self, target, index, row, head, n, rows=None) -> None:
+    def store(self, target, index, row, head, n, rows: Any = None) -> None:
         """Starts writing tile n, or some rows of it, to rows from `row` of target[index, :, head].
 
         What lies outside the tensor is clipped.
         """
         rows = pl.ds(0, self.type.rows) if rows is None else rows
         for c in range(self.type.chunks):
-            part = target.at[index, pl.ds(row, rows.size), head, self._columns(c)]
+            part = target.at[index, pl.ds(row, rows.size), head, self._columns(c, row)]
             plgpu.copy_smem_to_gmem(self.copied.at[n, c, rows, pl.ds(0, self.width)], part)
 
     def write(self, n, value, rows=None) -> None:
@@ -101,11 +101,11 @@ class Tiles:
         """Columns of a chunk."""
         return self.type.columns // self.type.chunks
 
-    def _columns(self, c: int):
+    def _columns(self, c: int, row):
         if not self.type.any_row:
             return pl.ds(0, self.width)
         # A start that is not a constant: the last chunk may reach past the tensor, where TMA reads zeros.
-        return pl.ds(lax.axis_index("wg") * 0 + c * self.width, self.width)
+        return pl.ds(row * 0 + c * self.width, self.width)
 
 
 def transposed_product(acc, x: Tiles, m, y: Tiles, n, rows=None) -> int:

@@ -1,0 +1,59 @@
+"""Calls of flash_attention as a Hopper GPU would see them, on shapes alone."""
+
+from __future__ import annotations
+
+import contextlib
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from jflash import backends, flash_attention
+from pallas_kernels import hopper
+
+CALLS = {
+    "D128": (dict(D=128), {}),
+    "D128_causal": (dict(D=128), dict(causal=True)),
+    "D128_window": (dict(D=128), dict(causal=True, window=(1024, None))),
+    "D128_grouped": (dict(D=128, H=16, Hk=4), dict(causal=True)),
+    "D128_ragged": (dict(D=128, S=1001), dict(causal=True)),
+    "D128_sinks": (dict(D=128, sinks=True), dict(causal=True)),
+    "D64": (dict(D=64), {}),
+    "D64_causal": (dict(D=64), dict(causal=True)),
+    "D64_ragged": (dict(D=64, S=1001), dict(window=(100, 100))),
+    "D96": (dict(D=96), dict(causal=True)),
+    "D80_Dv128": (dict(D=80, Dv=128), {}),
+    "float16": (dict(D=128, dtype=jnp.float16), dict(causal=True)),
+}
+
+
+def shapes(*, B=2, S=2048, H=16, Hk=None, D, Dv=None, sinks=False, dtype=jnp.bfloat16):
+    """q, k, v, sinks or None, and the cotangents of out and lse."""
+    Hk, Dv = Hk or H, Dv or D
+    array = jax.ShapeDtypeStruct
+    q, k, v = array((B, S, H, D), dtype), array((B, S, Hk, D), dtype), array((B, S, Hk, Dv), dtype)
+    cotangents = array((B, S, H, Dv), dtype), array((B, H, S), jnp.float32)
+    return (q, k, v), array((H,), jnp.float32) if sinks else None, *cotangents
+
+
+def forward_and_backward(options: dict):
+    """out, lse and the gradients of q, k, v and sinks, by the Hopper kernels."""
+
+    def run(qkv, sinks, d_out, d_lse):
+        def attend(qkv, sinks):
+            return flash_attention(*qkv, sinks=sinks, **options, return_lse=True, implementation="hopper")
+
+        outputs, pull = jax.vjp(attend, qkv, sinks)
+        return outputs, pull((d_out, d_lse))
+
+    return run
+
+
+@contextlib.contextmanager
+def on_hopper():
+    """A context in which calls think they will run on one."""
+    with (
+        mock.patch.object(backends, "target_of", return_value=hopper.TARGET),
+        mock.patch.object(hopper, "unproven", return_value=None),
+    ):
+        yield

@@ -1,0 +1,32 @@
+"""Sends flash_attention's hopper backend through the interpreter, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from unittest import mock
+
+import jax
+
+from pallas_kernels.hopper import attention_forward, attention_gradients
+from tests.kernels import interpreter
+from tests.kernels.calls import on_hopper
+
+
+@contextlib.contextmanager
+def hopper_on_the_cpu():
+    """Fails on a race, also where JAX only records it."""
+    params = interpreter.params()
+    interpreter.reset()
+    jax.clear_caches()
+    with contextlib.ExitStack() as patches:
+        for module, name in (
+            (attention_forward, "attention_forward"),
+            (attention_gradients, "attention_gradients"),
+        ):
+            call = functools.partial(getattr(module, name), interpret=params)
+            patches.enter_context(mock.patch.object(module, name, call))
+        patches.enter_context(on_hopper())
+        yield
+    jax.clear_caches()
+    assert not interpreter.found_races(), "the race detector found a race"

@@ -1,0 +1,55 @@
+"""The Hopper attention kernels, forward and backward, in the interpreter: numbers, barriers and races.
+
+Two blocks of keys or queries show most of what many would. The interpreter of JAX 0.10 is slow, sees few
+races and cannot read past the end of an array, so it gets a few cases.
+"""
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.parts import schedule
+from tests.kernels.interpreted import hopper_on_the_cpu
+from tests.oracle import assert_matches_oracle, inputs
+
+CASES = {
+    "full": (dict(Sq=128, Sk=384, D=128), {}),
+    "causal": (dict(Sq=256, H=1, D=128), dict(causal=True)),
+    "grouped_D64": (dict(Sq=384, H=2, Hk=1, D=64), dict(causal=True)),
+    "window": (dict(Sq=256, H=1, D=128), dict(window=(70, 30))),
+    "left_window_D64": (dict(Sq=384, H=1, D=64), dict(causal=True, window=(100, None))),
+    "ragged": (dict(Sq=150, Sk=130, H=1, D=128), dict(causal=True)),
+    "ragged_D64": (dict(B=2, Sq=131, Sk=309, H=1, D=64), {}),
+    "tiny": (dict(B=2, Sq=3, Sk=5, H=2, Hk=1, D=64), dict(causal=True)),
+    "head_dims": (dict(Sq=128, H=1, D=100, Dv=72), {}),
+    "small_head_dims": (dict(Sq=70, H=2, D=40, Dv=24), dict(causal=True)),
+    "sinks": (dict(Sq=192, H=2, Hk=1, D=128, sinks=True), dict(causal=True)),
+    "rows_without_keys": (dict(Sq=130, Sk=50, H=2, D=64, sinks=True), dict(causal=True)),
+    "no_rows_see_keys": (dict(Sq=256, Sk=128, H=1, D=128), dict(causal=True)),
+    "scale": (dict(Sq=128, H=1, D=128), dict(scale=0.5)),
+}
+OLD = jax.__version_info__ < (0, 11)
+RUN = {"full", "grouped_D64"} if OLD else CASES
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name in RUN])
+def test_matches_oracle(name):
+    shape, options = CASES[name]
+    with hopper_on_the_cpu():
+        assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), options, "hopper")
+
+
+@pytest.mark.skipif(OLD, reason="slow on this JAX")
+def test_float16():
+    with hopper_on_the_cpu():
+        assert_matches_oracle(inputs(1, jnp.float16, Sq=128, H=1, D=128), dict(causal=True), "hopper")
+
+
+@pytest.mark.skipif(OLD, reason="slow on this JAX")
+@pytest.mark.parametrize("D", [64, 128])
+def test_a_cta_takes_several_tiles(D):
+    """As on a GPU with two SMs."""
+    with mock.patch.object(schedule, "SMS", 2), hopper_on_the_cpu():
+        assert_matches_oracle(inputs(2, jnp.bfloat16, Sq=384, H=2, D=D), dict(causal=True), "hopper")

@@ -1,0 +1,89 @@
+"""Compiles each kernel for an H100 and holds ptxas to the tile table: spills, registers, no serialized wgmma."""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import sys
+from unittest import mock
+
+import pytest
+
+from pallas_kernels import hopper, tiles
+from tests.kernels import planted
+from tests.kernels.calls import CALLS, forward_and_backward, on_hopper, shapes
+from tests.kernels.h100 import Kernel, compile_for_h100
+
+pytestmark = pytest.mark.compile
+REGISTERS = 65536  # of an SM
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _needs_the_compiler():
+    for wheel in ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc"):
+        try:
+            importlib.metadata.version(wheel)
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"needs the wheel {wheel}; `make test-compile` installs it")
+
+
+def compiled(shape: dict, options: dict) -> dict[str, Kernel]:
+    with on_hopper():
+        _, kernels = compile_for_h100(forward_and_backward(options), *shapes(**shape))
+    return {kernel.name: kernel for kernel in kernels}
+
+
+def complaints(shape: dict, kernels: dict[str, Kernel]) -> list[str]:
+    """Where the kernels break the promises of their tiles."""
+    D = tiles.padded(shape["D"])
+    forward, backward = tiles.FORWARD[D], tiles.BACKWARD[D]
+    limits = {  # bytes to spill, warpgroups
+        "attention_forward": (forward.spill_bytes, forward.warpgroups + 1),
+        "attention_backward": (backward.spill_bytes, 3),
+        "attention_delta": (0, 1),
+        "attention_dq": (0, 2),
+    }
+    assert kernels.keys() == limits.keys()
+    found = []
+    for name, (spill_bytes, warpgroups) in limits.items():
+        kernel = kernels[name]
+        if kernel.serialized:
+            found.append(f"{name}: {kernel.serialized}")
+        if kernel.spill_bytes > spill_bytes:
+            found.append(f"{name}: spills {kernel.spill_bytes} bytes, its tile allows {spill_bytes}")
+        if kernel.registers * warpgroups * 128 > REGISTERS:
+            found.append(f"{name}: {kernel.registers} registers for {warpgroups} warpgroups")
+    return found
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_ptxas_has_no_complaint(name):
+    shape, options = CALLS[name]
+    assert complaints(shape, compiled(shape, options)) == []
+
+
+@pytest.mark.parametrize("tile", [*tiles.FORWARD.values(), *tiles.BACKWARD.values()], ids=str)
+def test_warpgroups_trade_no_more_registers_than_there_are(tile):
+    consumers = getattr(tile, "warpgroups", 2)
+    assert 128 * (consumers * tile.registers + tile.producer_registers) <= REGISTERS
+
+
+def test_notices_a_tile_that_spills():
+    greedy = {**tiles.FORWARD, 64: dataclasses.replace(tiles.FORWARD[64], registers=128)}
+    shape = dict(D=64)
+    with mock.patch.object(tiles, "FORWARD", greedy):
+        kernels = compiled(shape, {})
+    assert any("spills" in complaint for complaint in complaints(shape, kernels))
+
+
+def test_notices_serialized_wgmma(monkeypatch):
+    """A product under a condition, which ptxas cannot keep in flight."""
+    original = importlib.import_module(planted.FORWARD)
+    monkeypatch.setitem(sys.modules, planted.FORWARD, original)
+    monkeypatch.setattr(hopper, "attention_forward", original)
+    planted.plant(
+        planted.FORWARD,
+        "running = tma.product(o_acc, carry.weights, refs.v_smem, v_slot)",
+        "running = 1; pl.when(step > 1)(lambda: [tma.product(o_acc, carry.weights, refs.v_smem, v_slot), None][1])",
+    )
+    shape = dict(D=128, S=2176)
+    assert any("C75" in complaint for complaint in complaints(shape, compiled(shape, {})))
