@@ -34,7 +34,7 @@ def softmax(p: AttentionProblem, a: AttentionArrays, scores: jax.Array) -> tuple
     total = weights.sum(axis=-1)
     if a.sinks is not None:
         total = total + jnp.exp(sink - top)
-    some = total > 0  # a row that sees no key: out 0, lse -inf, gradients 0
+    some = total != 0  # NaN is something; else a row that sees no key: out 0, lse -inf, gradients 0
     total = jnp.where(some, total, 1.0)
     lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
     if p.dropout_rate:

@@ -30,8 +30,9 @@ def backward_blocks(p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_
     """The gradients, where step(p, t, g, block, at, ki, carry, masked) adds a tile to (dq, dk, dv, d_bias)."""
     t = tiles.choose(p, block_q=512, block_k=256)
     g = operands.group(p, t, a)
-    delta = product("bihv,bihv->bhi", d_out, out).astype(lse.dtype) - d_lse
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # exp(s - inf) = 0: such a row has no gradient
+    blind = lse == -jnp.inf  # such a row has no gradient: its exp(s - inf) is 0
+    delta = product("bihv,bihv->bhi", d_out, out).astype(lse.dtype) - jnp.where(blind, 0, d_lse)
+    lse = jnp.where(blind, jnp.inf, lse)
     rows = (
         operands.rows(p, t, d_out),
         operands.statistic(p, t, lse, jnp.inf),

@@ -46,7 +46,7 @@ def _query_block(p: AttentionProblem, t: Tile, g: Grouped, step, sinks: jax.Arra
     acc = jnp.zeros((*row, p.Dv), wide)
     step = functools.partial(step, p, t, g, q, At(b, h, qi, jnp.int32(0)))
     acc, top, total = tiles.over_keys(p, t, qi, step, (acc, top, total))
-    some = total > 0
+    some = total != 0  # NaN is something
     total = jnp.where(some, total, 1)
     out = (acc / total[..., None]).astype(q.dtype)
     return out, jnp.where(some, top + jnp.log(total), -jnp.inf)

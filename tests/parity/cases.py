@@ -27,15 +27,15 @@ def slopes(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).uniform(0, 0.3, size=shape), jnp.float32)
 
 
-def outputs_and_gradients(f, arrays, cotangents=None):
-    """f(arrays), and the gradient of its weighting by the cotangents, by default random ones."""
+def outputs_and_gradients(f):
+    """Of arrays and cotangents, by default random ones: f(arrays) and the gradients. Compiled once, quickly."""
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    def run(arrays, cotangents):
+    def run(arrays, cotangents=None):
         outputs, pull = jax.vjp(f, arrays)
         leaves, tree = jax.tree.flatten(outputs)
         if cotangents is None:
             cotangents = [normal(90 + n, *x.shape, dtype=x.dtype) for n, x in enumerate(leaves)]
         return outputs, *pull(jax.tree.unflatten(tree, cotangents))
 
-    return run(arrays, cotangents)
+    return run

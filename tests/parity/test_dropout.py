@@ -44,9 +44,7 @@ def test_tiles_do_not_enter(request):
     assert np.array_equal(large, kept(KEY))
 
 
-@pytest.mark.parametrize(
-    "smaller", [{"B": 1}, {"Sq": 33}, {"Sk": 64}, {"H": 2}, {"Hk": 4}, {"Hk": 1}], ids=str
-)
+@pytest.mark.parametrize("smaller", [{"B": 1}, {"Sq": 33}, {"Sk": 64}, {"H": 2}, {"Hk": 4}, {"Hk": 1}], ids=str)
 def test_it_depends_on_the_position_alone(smaller):
     """A smaller problem has a part of the larger problem's mask; grouping of heads does not enter."""
     found = kept(KEY, **smaller)
@@ -103,9 +101,7 @@ def test_lse_is_of_the_undropped_softmax():
 
 def test_rate_zero_needs_and_uses_no_key():
     q, k, v = (normal(seed, 1, 40, 2, 16) for seed in range(3))
-    assert jnp.array_equal(
-        flash_attention(q, k, v, dropout_rate=0.0, dropout_key=KEY), flash_attention(q, k, v)
-    )
+    assert jnp.array_equal(flash_attention(q, k, v, dropout_rate=0.0, dropout_key=KEY), flash_attention(q, k, v))
 
 
 def five_sigma(count: int, rate: float = 0.4) -> float:

@@ -59,9 +59,7 @@ def test_scale(scale):
     check(inputs(3, jnp.float32, **ONE), scale=scale)
 
 
-@pytest.mark.parametrize(
-    "options", [{"softcap": 2.0}, {"softcap": 0.7, "causal": True, "scale": 1.0}], ids=str
-)
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"softcap": 0.7, "causal": True, "scale": 1.0}], ids=str)
 def test_softcap(options):
     check(inputs(4, jnp.float32, **ONE), **options)
 
@@ -151,9 +149,7 @@ def test_rows_that_see_no_key(options, blind):
         results, pull = jax.vjp(lambda a: attend(**a), arrays)
         return *results, *pull(cotangents)
 
-    out, lse, grads = run(
-        inputs(33, jnp.float32, Sq=90, Sk=37), (normal(34, 1, 90, 2, 32), normal(35, 1, 2, 90))
-    )
+    out, lse, grads = run(inputs(33, jnp.float32, Sq=90, Sk=37), (normal(34, 1, 90, 2, 32), normal(35, 1, 2, 90)))
     assert (out[:, :blind] == 0).all()
     assert (lse[:, :, :blind] == -jnp.inf).all()
     assert jnp.isfinite(lse[:, :, blind:]).all()

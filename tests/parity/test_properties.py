@@ -58,9 +58,7 @@ def test_random_calls(call, dtype):
 
 def assert_same(ours, theirs, arrays, atol=2e-6):
     """Two functions of the arrays agree in every output and gradient, for random cotangents."""
-    for x, y in zip(
-        *(jax.tree.leaves(outputs_and_gradients(f, arrays)) for f in (ours, theirs)), strict=True
-    ):
+    for x, y in zip(*(jax.tree.leaves(outputs_and_gradients(f)(arrays)) for f in (ours, theirs)), strict=True):
         finite = jnp.isfinite(y)
         assert jnp.array_equal(finite, jnp.isfinite(x))
         np.testing.assert_allclose(x[finite], y[finite], atol=atol * max(1, jnp.abs(y[finite]).max()))

@@ -26,16 +26,14 @@ def check(theirs, arrays: dict, outputs: int = 1, **options):
     cotangents = [np.asarray(normal(90 + n, *shape)) for n, shape in enumerate(shapes[:outputs])]
     low, ref = (_by_torch(theirs, arrays, cotangents, kind) for kind in (torch.float32, torch.float64))
     attend = functools.partial(flash_attention, **options, return_lse=True)
-    results, grads = outputs_and_gradients(lambda a: attend(**a)[:outputs], arrays, cotangents)
+    results, grads = outputs_and_gradients(lambda a: attend(**a)[:outputs])(arrays, cotangents)
     ours = dict(zip(("out", "lse"), results, strict=False)) | {f"d{name}": grads[name] for name in arrays}
     for name, lo, r in zip(ours, low, ref, strict=True):
         assert_close(name, ours[name], lo, r, dtype)
 
 
 def _by_torch(theirs, arrays, cotangents, dtype):
-    tensors = {
-        name: torch.tensor(np.asarray(x), dtype=dtype, requires_grad=True) for name, x in arrays.items()
-    }
+    tensors = {name: torch.tensor(np.asarray(x), dtype=dtype, requires_grad=True) for name, x in arrays.items()}
     results = theirs(**tensors)
     results = results if isinstance(results, tuple) else (results,)
     cotangents = [torch.tensor(ct, dtype=dtype) for ct in cotangents]

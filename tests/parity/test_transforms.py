@@ -94,7 +94,7 @@ def test_vmap_is_a_loop(one_by_one, group):
     def mapped(real):
         return jax.vmap(lambda r, o: attend({**r, **o}), axes)(real, other)
 
-    results, grads = outputs_and_gradients(mapped, real, cotangents)
+    results, grads = outputs_and_gradients(mapped)(real, cotangents)
     loop = [one_by_one(i, names, tuple(ct[i] for ct in cotangents)) for i in range(N)]
     assert_close(results, [jnp.stack(x) for x in zip(*(results for results, _ in loop), strict=True)])
     for name, gradient in grads.items():
@@ -139,7 +139,7 @@ def test_checkpoint(policy):
     real, other = split(operands(4))
     plain = lambda real: attend({**real, **other})  # noqa: E731
     again = jax.checkpoint(plain, policy=policy)
-    assert_close(outputs_and_gradients(again, real), outputs_and_gradients(plain, real), atol=1e-6)
+    assert_close(outputs_and_gradients(again)(real), outputs_and_gradients(plain)(real), atol=1e-6)
 
 
 def test_scan_over_queries():
@@ -155,7 +155,7 @@ def test_scan_over_queries():
         return jnp.moveaxis(out.reshape(B, 3, SQ, H, 8), 1, 0)
 
     arrays = {"q": q, "k": k, "v": v}
-    assert_close(outputs_and_gradients(scanned, arrays), outputs_and_gradients(at_once, arrays))
+    assert_close(outputs_and_gradients(scanned)(arrays), outputs_and_gradients(at_once)(arrays))
 
 
 @pytest.mark.parametrize("output", [0, 1], ids=["out", "lse"])
