@@ -1,6 +1,19 @@
 """Attention kernels for JAX: fast on NVIDIA Hopper, blocked and O(N) in memory on any device."""
 
 from jflash.attention import explain, flash_attention, why_not
+from jflash.linear import LinearAttentionState, linear_attention, linear_attention_step
+from jflash.linear_variants import lightning_attention, mamba2_ssd, retention, simple_gla
 
-__all__ = ["explain", "flash_attention", "why_not"]
+__all__ = [
+    "LinearAttentionState",
+    "explain",
+    "flash_attention",
+    "lightning_attention",
+    "linear_attention",
+    "linear_attention_step",
+    "mamba2_ssd",
+    "retention",
+    "simple_gla",
+    "why_not",
+]
 __version__ = "0.1.0"

@@ -167,13 +167,13 @@ def _gradients(way: Pass, task):
     dv = far_v + product("bhij,bhiv->bhjv", weights, d_out) * p.scale
     dg = None
     if p.decay_gradient:
-        dg = linear_decay.gradient(
-            d_within=pairs * d_pairs * p.scale,
-            d_enter=(spread(q, heads) * far_q).sum(axis=-1),
-            d_leave=(spread(k, heads) * far_k).sum(axis=-1),
-            d_total=(decay.total * state * d_state).sum(axis=(-2, -1)),
-            reverse=way.reverse,
+        through = Decay(
+            within=pairs * d_pairs * p.scale,
+            enter=(spread(q, heads) * far_q).sum(axis=-1, keepdims=True),
+            leave=(spread(k, heads) * far_k).sum(axis=-1, keepdims=True),
+            total=(decay.total * state * d_state).sum(axis=(-2, -1), keepdims=True),
         )
+        dg = linear_decay.gradient(g, through, way.reverse)
     dq, dk = gather(dq, p.Hq) + gather(far_q, p.Hq), gather(dk, p.Hk) + gather(far_k, p.Hk)
     return dq.astype(way.dtype), dk.astype(way.dtype), gather(dv, p.Hv).astype(way.dtype), dg
 

@@ -6,6 +6,7 @@ of a weak decay next to a strong one, and is NaN after a log decay of -inf.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -15,9 +16,9 @@ _BLOCK = 16
 
 
 class Decay(NamedTuple):
-    """Factors in [0, 1] of one chunk, to multiply [..., C, C], [..., C, D], [..., C, D] and [..., D, Dv]."""
+    """Factors of one chunk, or their logs, to multiply [..., C, C], [..., C, D], [..., C, D] and [..., D, Dv]."""
 
-    within: jax.Array  # from token j (column) to token i (row), 0 where i does not see j
+    within: jax.Array  # from token j (column) to token i (row); 0 where i does not see j
     enter: jax.Array  # from outside to each token, its own decay included
     leave: jax.Array  # from each token to the far side of the chunk, its own decay left out
     total: jax.Array  # through the whole chunk
@@ -32,16 +33,25 @@ def decay_of(g: jax.Array | None, size: int, dtype, reverse: bool, diagonal: boo
         one = jnp.ones((), dtype)
         within = jnp.tri(size, k=0 if diagonal else -1, dtype=dtype)
         return Decay(within.T if reverse else within, one, one, one)
+    decay = jax.tree.map(jnp.exp, _logs(g, reverse))
+    return decay if diagonal else decay._replace(within=jnp.where(_eye(size), 0, decay.within))
+
+
+def gradient(g: jax.Array, cotangents: Decay, reverse: bool) -> jax.Array:
+    """The cotangent of g [..., C] from those of the logs of the factors."""
+    g = jnp.broadcast_to(g, cotangents.enter.shape[:-1])
+    _, pull = jax.vjp(functools.partial(_logs, reverse=reverse), g)
+    return pull(cotangents)[0]
+
+
+def _logs(g: jax.Array, reverse: bool) -> Decay:
     if reverse:
         g = jnp.flip(g, axis=-1)
-    within = jnp.exp(between(g))
-    if not diagonal:
-        within = jnp.where(_eye(size), 0, within)
-    enter, leave = jnp.exp(_up_to(g)), jnp.exp(_after(g))
-    total = enter[..., -1:]
+    within, enter, leave = between(g), _up_to(g), _after(g)
+    total = enter[..., -1:, None]
     if reverse:
         within, enter, leave = jnp.flip(within, axis=(-2, -1)), jnp.flip(enter, axis=-1), jnp.flip(leave, axis=-1)
-    return Decay(within, enter[..., None], leave[..., None], total[..., None])
+    return Decay(within, enter[..., None], leave[..., None], total)
 
 
 def between(g: jax.Array) -> jax.Array:
@@ -61,19 +71,6 @@ def between(g: jax.Array) -> jax.Array:
     return jnp.where(jnp.tri(size, dtype=bool), sums, -jnp.inf)
 
 
-def gradient(d_within: jax.Array, d_enter: jax.Array, d_leave: jax.Array, d_total: jax.Array, reverse: bool):
-    """[..., C], the cotangent of g, from those of the *logs* of the four factors.
-
-    d_within is [..., C, C], d_enter and d_leave are [..., C], d_total is [...].
-    """
-    # No token lies between i and i. Row sums less column sums leave the pairs with the token between them.
-    d_within = jnp.where(_eye(d_within.shape[-1]), 0, d_within)
-    inner = d_within.sum(axis=-1) - d_within.sum(axis=-2) + d_enter
-    if reverse:
-        return _up_to(inner) + _after(d_leave) + d_total[..., None]
-    return inner + _after(inner) + _before(d_leave) + d_total[..., None]
-
-
 def _spans(x: jax.Array, last: bool) -> jax.Array:
     """[..., n] -> [..., n, n], the sum of x[s] over j < s < i, or j < s <= i if last."""
     n = x.shape[-1]
@@ -85,11 +82,6 @@ def _spans(x: jax.Array, last: bool) -> jax.Array:
 def _up_to(x: jax.Array) -> jax.Array:
     """Sums of what is not later, along the last axis."""
     return jnp.where(jnp.tri(x.shape[-1], dtype=bool), x[..., None, :], 0).sum(axis=-1)
-
-
-def _before(x: jax.Array) -> jax.Array:
-    """Sums of what is earlier, along the last axis."""
-    return jnp.where(jnp.tri(x.shape[-1], k=-1, dtype=bool), x[..., None, :], 0).sum(axis=-1)
 
 
 def _after(x: jax.Array) -> jax.Array:

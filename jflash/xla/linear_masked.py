@@ -22,7 +22,7 @@ from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem
 # Weights in flight: few stay in a CPU's cache, a GPU wants large products.
 _IN_FLIGHT = {"cpu": 2**20}
 _IN_FLIGHT_ELSEWHERE = 2**26
-_BLOCK = 512
+BLOCK = 512  # queries and keys of a tile
 
 
 class Tile(NamedTuple):
@@ -133,7 +133,7 @@ def _from(position: jax.Array, start: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _tile(p: LinearProblem) -> Tile:
-    nq, nk = math.ceil(p.Sq / _BLOCK), math.ceil(p.Sk / _BLOCK)
+    nq, nk = math.ceil(p.Sq / BLOCK), math.ceil(p.Sk / BLOCK)
     bq, bk = math.ceil(p.Sq / nq), math.ceil(p.Sk / nk)
     heads = max(1, _IN_FLIGHT.get(p.target, _IN_FLIGHT_ELSEWHERE) // (bq * bk))
     h = largest_divisor(p.H, heads)
