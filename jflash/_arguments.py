@@ -42,7 +42,7 @@ def bind(
     check_qkv(q, k, v)
     B, Sq, H, D = q.shape
     _, Sk, Hk, Dv = v.shape
-    left, right = _limits(causal, window, Sq, Sk)
+    left, right = _limits(flag("causal", causal), window, Sq, Sk)
     bias = None if bias is None else _square("bias", bias, (B, H, Sq, Sk))
     mask = None if mask is None else _square("mask", mask, (B, H, Sq, Sk))
     q_ids, kv_ids = _segments(segment_ids, B, Sq, Sk)
@@ -62,7 +62,7 @@ def bind(
         alibi=alibi_slopes is not None,
         sinks=sinks is not None,
         dropout_rate=rate,
-        deterministic=bool(deterministic),
+        deterministic=flag("deterministic", deterministic),
     )  # fmt: skip
     return problem, AttentionArrays(
         q=q,
@@ -74,7 +74,7 @@ def bind(
         kv_segment_ids=kv_ids,
         alibi_slopes=None if alibi_slopes is None else _per_head("alibi_slopes", alibi_slopes, B, H),
         sinks=None if sinks is None else _per_head("sinks", sinks, B, H),
-        dropout_seeds=dropout.batch_seeds(dropout_key, B) if rate else None,
+        dropout_seeds=_seeds(dropout_key, B) if rate else None,
     )
 
 
@@ -113,7 +113,8 @@ def check_qkv(q, k, v) -> None:
 def number(name: str, x) -> float:
     """A finite Python float known at trace time."""
     if isinstance(x, Tracer):
-        raise TypeError(f"{name} must be known at trace time, got {x.aval}; to learn it, multiply q by it")
+        hint = "; to learn it, multiply q by it" if name == "scale" else ""
+        raise TypeError(f"{name} must be known at trace time, got {x.aval}{hint}")
     if isinstance(x, (jax.Array, np.ndarray)) and x.ndim == 0:
         x = x.item()
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
@@ -121,6 +122,12 @@ def number(name: str, x) -> float:
     if not math.isfinite(x):
         raise ValueError(f"{name}={x} must be finite")
     return float(x)
+
+
+def flag(name: str, x) -> bool:
+    if not isinstance(x, (bool, np.bool_)):
+        raise TypeError(f"{name}={x!r} must be True or False")
+    return bool(x)
 
 
 def _limits(causal: bool, window, Sq: int, Sk: int) -> tuple[int | None, int | None]:
@@ -212,3 +219,10 @@ def _dropout_rate(rate, key) -> float:
     if rate and key is None:
         raise ValueError(f"dropout_rate={rate} needs dropout_key")
     return rate
+
+
+def _seeds(key, B: int):
+    """Two words for each batch entry, [B, 2]."""
+    if isinstance(key, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((B, 2), jnp.uint32)
+    return dropout.batch_seeds(key, B)

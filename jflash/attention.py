@@ -116,12 +116,12 @@ def flash_attention(
 
 
 def why_not(
-    q, k, v, *, implementation: str, direction="forward", target: str | None = None, **options
+    q, k, v, *, implementation: str, direction="forward", target: str | None = None, return_lse=False, **options
 ) -> str | None:
     """Why a backend cannot take a call in a direction, or None if it can.
 
     Args:
-        q, k, v, options: as for `flash_attention`; `jax.ShapeDtypeStruct`s will do.
+        q, k, v, return_lse, options: as for `flash_attention`; `jax.ShapeDtypeStruct`s will do.
         implementation: the backend's name. direction: "forward" or "backward".
         target: where it would run: "cpu", or a compute capability such as "sm_90". Default: where it is.
     """
@@ -131,7 +131,7 @@ def why_not(
     return backends.get(implementation).why_not(problem, direction)
 
 
-def explain(q, k, v, *, target: str | None = None, **options) -> str:
+def explain(q, k, v, *, target: str | None = None, return_lse=False, **options) -> str:
     """One line for each backend and direction: used, free to use, or why not. Arguments as for `why_not`."""
     problem, _ = bind(q, k, v, target=target, **options)
     return backends.explain(problem)

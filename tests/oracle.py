@@ -32,9 +32,7 @@ def inputs(
         return {name: jnp.asarray(x, dtype) for name, x in found.items()}
 
 
-def assert_matches_oracle(
-    arrays: dict, options: dict, implementation: str | None = None, attend=flash_attention
-):
+def assert_matches_oracle(arrays: dict, options: dict, implementation: str | None = None, attend=flash_attention):
     """Holds out, lse and every gradient of `attend` to the rule, with random cotangents for both outputs."""
     dtype = arrays["q"].dtype
     cotangents = _cotangents(arrays)
