@@ -55,19 +55,23 @@ def _scores(p: AttentionProblem, a: AttentionArrays) -> jax.Array:
     if a.bias is not None:
         s = s + a.bias.astype(wide)
     if a.alibi_slopes is not None:
-        i, j = _positions(p)
-        s = s - a.alibi_slopes.astype(wide)[:, :, None, None] * jnp.abs(i - j)
+        i, j = _positions(p, a)
+        slopes = a.alibi_slopes.astype(wide).reshape(*a.alibi_slopes.shape[:2], -1, 1)
+        s = s - slopes * jnp.abs(i - j)
     return s
 
 
 def visible(p: AttentionProblem, a: AttentionArrays) -> jax.Array:
     """Which scores take part, bool, broadcastable to [B, H, Sq, Sk]."""
-    i, j = _positions(p)
+    i, j = _positions(p, a)
     seen = jnp.ones((1, 1, p.Sq, p.Sk), bool)
     if p.left is not None:
         seen &= j >= i - p.left
     if p.right is not None:
         seen &= j <= i + p.right
+    if a.key_ranges is not None:
+        first, last = (a.key_ranges[:, n, None, :, None] for n in range(2))
+        seen = seen & (first <= j) & (j <= last)
     if a.mask is not None:
         seen = seen & a.mask
     if a.q_segment_ids is not None and a.kv_segment_ids is not None:
@@ -85,9 +89,10 @@ def _kept(p: AttentionProblem, a: AttentionArrays) -> jax.Array:
     return dropout.keep(*dropout.row_keys(seeds[:, 0], seeds[:, 1], h, i), j, p.dropout_rate)
 
 
-def _positions(p: AttentionProblem) -> tuple[jax.Array, jax.Array]:
-    """Key positions of the queries (a column) and of the keys (a row)."""
-    return jnp.arange(p.Sq)[:, None] + p.offset, jnp.arange(p.Sk)[None, :]
+def _positions(p: AttentionProblem, a: AttentionArrays) -> tuple[jax.Array, jax.Array]:
+    """Key positions of the queries (a column, [B|1, 1] of them with key_ranges) and of the keys (a row)."""
+    own = None if a.key_ranges is None else a.key_ranges[:, 2, None, :, None]
+    return jnp.arange(p.Sq)[:, None] + p.offset if own is None else own, jnp.arange(p.Sk)[None, :]
 
 
 def by_group(p: AttentionProblem, x: jax.Array) -> jax.Array:

@@ -37,6 +37,7 @@ class AttentionProblem:
     bias_gradient: bool = False
     mask_shape: tuple[int, int, int, int] | None = None
     segments: bool = False
+    key_ranges: bool = False  # each query brings its own keys, so left and right are None
     alibi: bool = False
     sinks: bool = False
     dropout_rate: float = 0.0
@@ -75,7 +76,9 @@ class AttentionArrays(NamedTuple):
     mask: jax.Array | None = None  # [B|1, H|1, Sq|1, Sk|1] bool, True = visible
     q_segment_ids: jax.Array | None = None  # [B|1, Sq] int32
     kv_segment_ids: jax.Array | None = None  # [B|1, Sk] int32
-    alibi_slopes: jax.Array | None = None  # [B|1, H] float32
+    key_ranges: jax.Array | None = None  # [B|1, 3, Sq] int32: the first and the last key a query sees (last < first:
+    # none), and the key position where it stands, which ALiBi measures from
+    alibi_slopes: jax.Array | None = None  # [B|1, H] float32, or [B|1, H, Sq] with key_ranges
     sinks: jax.Array | None = None  # [B|1, H] floating point
     dropout_seeds: jax.Array | None = None  # [B, 2] uint32
 

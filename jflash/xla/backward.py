@@ -16,7 +16,7 @@ from jax import lax
 
 from jflash.xla import operands, tiles
 from jflash.xla.operands import Grouped
-from jflash.xla.scores import At, kept, product, scores, sizes
+from jflash.xla.scores import At, kept, key_blocks, product, scores, sizes
 from jflash.xla.tiles import Tile, add, take
 from pallas_kernels.problem import AttentionArrays, AttentionGradients, AttentionProblem
 
@@ -74,8 +74,9 @@ def _query_block(p: AttentionProblem, t: Tile, g: Grouped, rows, step, b, h, car
         take(delta, corner, size)[..., None],
     )
     dq = jnp.zeros(block[0].shape, lse.dtype)
-    step = functools.partial(step, p, t, g, block, At(b, h, qi, jnp.int32(0)))
-    dq, *carry = tiles.over_keys(p, t, qi, step, (dq, *carry))
+    at = At(b, h, qi, jnp.int32(0))
+    step = functools.partial(step, p, t, g, block, at)
+    dq, *carry = tiles.over_keys(p, t, qi, key_blocks(p, t, g, at), step, (dq, *carry))
     return tuple(carry), dq
 
 

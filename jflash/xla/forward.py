@@ -13,7 +13,7 @@ from jax import lax
 
 from jflash.xla import operands, tiles
 from jflash.xla.operands import Grouped
-from jflash.xla.scores import At, kept, product, scores
+from jflash.xla.scores import At, kept, key_blocks, product, scores
 from jflash.xla.tiles import Tile, take
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
 
@@ -44,8 +44,9 @@ def _query_block(p: AttentionProblem, t: Tile, g: Grouped, step, sinks: jax.Arra
         top = jnp.broadcast_to(take(sinks, (b, h, 0, 0), (t.b, t.h, None, None)).astype(wide), row)
         total = jnp.ones(row, wide)
     acc = jnp.zeros((*row, p.Dv), wide)
-    step = functools.partial(step, p, t, g, q, At(b, h, qi, jnp.int32(0)))
-    acc, top, total = tiles.over_keys(p, t, qi, step, (acc, top, total))
+    at = At(b, h, qi, jnp.int32(0))
+    step = functools.partial(step, p, t, g, q, at)
+    acc, top, total = tiles.over_keys(p, t, qi, key_blocks(p, t, g, at), step, (acc, top, total))
     some = total != 0  # NaN is something
     total = jnp.where(some, total, 1)
     out = (acc / total[..., None]).astype(q.dtype)

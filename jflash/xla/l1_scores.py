@@ -33,7 +33,7 @@ def scores(p: L1Problem, t: Tile, g: Grouped, at: At, q: jax.Array, k: jax.Array
     seen = visible(p, t, g, at, masked)
     s = s if seen is None else jnp.where(seen, s, -jnp.inf)
     if p.exclude_diagonal:
-        i, j = positions(p, t, at)
+        i, j = positions(p, t, g, at)
         s = jnp.where(i == j, -jnp.inf, s)
     return s, slope
 

@@ -11,6 +11,17 @@ from jflash.xla.tiles import Tile
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
 
 
+class KeyRanges(NamedTuple):
+    """The keys that each query sees, both ends included, and where it stands; each [B|1, 1, 1, Sq, 1].
+
+    Ends are keys: `first` is Sk and `last` -1 for a query that sees none.
+    """
+
+    first: jax.Array
+    last: jax.Array
+    position: jax.Array
+
+
 class Grouped(NamedTuple):
     """Operands split in key/value heads and groups and padded to whole tiles; absent features are None."""
 
@@ -21,7 +32,8 @@ class Grouped(NamedTuple):
     mask: jax.Array | None
     q_segment_ids: jax.Array | None  # [B|1, 1, 1, Sq, 1]
     kv_segment_ids: jax.Array | None  # [B|1, 1, 1, 1, Sk]
-    alibi_slopes: jax.Array | None  # [B|1, Hk, G, 1, 1]
+    key_ranges: KeyRanges | None
+    alibi_slopes: jax.Array | None  # [B|1, Hk, G, Sq|1, 1]
     dropout_seeds: tuple[jax.Array, jax.Array] | None  # each [B, 1, 1, 1, 1]
 
 
@@ -38,9 +50,25 @@ def group(p: AttentionProblem, t: Tile, a: AttentionArrays) -> Grouped:
         mask=None if a.mask is None else square(p, t, a.mask),
         q_segment_ids=None if q_ids is None else _pad(q_ids, 1, t.nq * t.bq)[:, None, None, :, None],
         kv_segment_ids=None if kv_ids is None else _pad(kv_ids, 1, t.nk * t.bk)[:, None, None, None, :],
-        alibi_slopes=None if a.alibi_slopes is None else a.alibi_slopes.reshape(-1, p.Hk, p.group, 1, 1),
+        key_ranges=None if a.key_ranges is None else _key_ranges(p, t, a.key_ranges),
+        alibi_slopes=None if a.alibi_slopes is None else _slopes(p, t, a.alibi_slopes),
         dropout_seeds=seeds,
     )
+
+
+def _key_ranges(p: AttentionProblem, t: Tile, x: jax.Array) -> KeyRanges:
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, t.nq * t.bq - p.Sq)), mode="edge")  # what pads sees no key of its own
+    first, last, position = (x[:, n, None, None, :, None] for n in range(3))
+    first, last = jnp.maximum(first, 0), jnp.minimum(last, p.Sk - 1)
+    none = last < first
+    return KeyRanges(jnp.where(none, p.Sk, first), jnp.where(none, -1, last), position)
+
+
+def _slopes(p: AttentionProblem, t: Tile, x: jax.Array) -> jax.Array:
+    """[B|1, H] or [B|1, H, Sq] -> [B|1, Hk, G, 1 or Sq padded, 1]."""
+    each = x.ndim == 3
+    x = x.reshape(x.shape[0], p.Hk, p.group, -1, 1)
+    return _pad(x, 3, t.nq * t.bq) if each else x
 
 
 def rows(p: AttentionProblem, t: Tile, x: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from jax import lax
 
 from jflash.xla.operands import Grouped
 from jflash.xla.tiles import Tile, take
-from pallas_kernels.parts import dropout
+from pallas_kernels.parts import dropout, ranges
 from pallas_kernels.problem import AttentionProblem
 
 
@@ -44,7 +44,7 @@ def scores(p: AttentionProblem, t: Tile, g: Grouped, at: At, q: jax.Array, k: ja
     if g.bias is not None:
         s = s + take(g.bias, at.starts(t), sizes(t)).astype(s.dtype)
     if g.alibi_slopes is not None:
-        i, j = positions(p, t, at)
+        i, j = positions(p, t, g, at)
         s = s - take(g.alibi_slopes, at.starts(t), sizes(t)).astype(s.dtype) * jnp.abs(i - j).astype(s.dtype)
     seen = visible(p, t, g, at, masked)
     return s if seen is None else jnp.where(seen, s, -jnp.inf), slope
@@ -61,11 +61,21 @@ def kept(p: AttentionProblem, t: Tile, g: Grouped, at: At) -> jax.Array:
     return dropout.keep(*dropout.row_keys(seed0, seed1, head, i), j, p.dropout_rate)
 
 
-def positions(p: AttentionProblem, t: Tile, at: At) -> tuple[jax.Array, jax.Array]:
-    """Key positions of the queries and of the keys of a tile, each int32 [bq, bk]."""
+def positions(p: AttentionProblem, t: Tile, g: Grouped, at: At) -> tuple[jax.Array, jax.Array]:
+    """Key positions of the queries and of the keys of a tile, int32, broadcastable to [b, h, G, bq, bk]."""
     shape = (t.bq, t.bk)
-    i = at.qi * t.bq + p.offset + lax.broadcasted_iota(jnp.int32, shape, 0)
-    return i, at.ki * t.bk + lax.broadcasted_iota(jnp.int32, shape, 1)
+    j = at.ki * t.bk + lax.broadcasted_iota(jnp.int32, shape, 1)
+    if g.key_ranges is not None:
+        return take(g.key_ranges.position, at.starts(t), sizes(t)), j
+    return at.qi * t.bq + p.offset + lax.broadcasted_iota(jnp.int32, shape, 0), j
+
+
+def key_blocks(p: AttentionProblem, t: Tile, g: Grouped, at: At) -> ranges.Range:
+    """The key blocks that the query block of `at` visits, and those of them without a mask."""
+    if g.key_ranges is None:
+        return ranges.key_blocks(p, at.qi * t.bq, t.bq, t.bk)
+    first, last = (take(x, at.starts(t), sizes(t)) for x in g.key_ranges[:2])
+    return ranges.between(first.min(), first.max(), last.min(), last.max(), t.bk, t.nk)
 
 
 def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -77,13 +87,16 @@ def visible(p: AttentionProblem, t: Tile, g: Grouped, at: At, masked: bool) -> j
     """Which scores of a tile take part, broadcastable to [b, h, G, bq, bk]; None: all of them."""
     parts = []
     if masked:
-        i, j = positions(p, t, at)
+        i, j = positions(p, t, g, at)
         if p.Sk % t.bk:
             parts.append(j < p.Sk)
         if p.left is not None:
             parts.append(j >= i - p.left)
         if p.right is not None:
             parts.append(j <= i + p.right)
+        if g.key_ranges is not None:
+            first, last = (take(x, at.starts(t), sizes(t)) for x in g.key_ranges[:2])
+            parts.append((first <= j) & (j <= last))
     if g.mask is not None:
         parts.append(take(g.mask, at.starts(t), sizes(t)))
     if g.q_segment_ids is not None and g.kv_segment_ids is not None:

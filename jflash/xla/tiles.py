@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.parts import ranges
+from pallas_kernels.parts.ranges import Range
 from pallas_kernels.problem import AttentionProblem
 
 # Scores in flight: 8 MB stays in a CPU's cache; a GPU wants large matrix products.
@@ -47,13 +47,12 @@ def choose(p: AttentionProblem, block_q: int, block_k: int) -> Tile:
     return Tile(b, h, bq, bk, nq, nk)
 
 
-def over_keys(p: AttentionProblem, t: Tile, qi: jax.Array, step, carry):
-    """Folds `step(ki, carry, masked)` over the key blocks of query block qi, masking only where needed."""
-    r = ranges.key_blocks(p, qi * t.bq, t.bq, t.bk)
-    if p.left is not None:
+def over_keys(p: AttentionProblem, t: Tile, qi: jax.Array, r: Range, step, carry):
+    """Folds `step(ki, carry, masked)` over the key blocks r of query block qi, masking only where needed."""
+    if p.left is not None or p.key_ranges:
         carry = lax.fori_loop(r.lo, r.full_lo, lambda ki, c: step(ki, c, True), carry)
     carry = lax.fori_loop(r.full_lo, r.full_hi, lambda ki, c: step(ki, c, False), carry)
-    if p.right is not None or p.Sk % t.bk:
+    if p.right is not None or p.key_ranges or p.Sk % t.bk:
         carry = lax.fori_loop(r.full_hi, r.hi, lambda ki, c: step(ki, c, True), carry)
     return carry
 

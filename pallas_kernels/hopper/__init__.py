@@ -25,6 +25,7 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
         (p.mask_shape is not None, "mask is not in the kernels"),
         (p.segments, "segment_ids are not in the kernels"),
         (p.alibi, "alibi_slopes are not in the kernels"),
+        (p.key_ranges, "key_ranges (packed sequences, caches) are not in the kernels"),
         (p.dropout_rate > 0, f"dropout_rate={p.dropout_rate} is not in the kernels"),
         (p.deterministic and direction == "backward", "deterministic=True: dQ is summed in no fixed order"),
         (p.scale <= 0, f"scale={p.scale} must be > 0"),

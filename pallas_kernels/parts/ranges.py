@@ -1,6 +1,6 @@
 """Which tiles of the score matrix a causal or windowed call visits, and which of them need no mask.
 
-All four functions of position are monotone, so a range has the shape lo <= full_lo <= full_hi <= hi: tiles in
+But for `between`, all four functions of position are monotone, so a range has the shape lo <= full_lo <= full_hi <= hi: tiles in
 [lo, hi) hold something visible, tiles in [full_lo, full_hi) hold nothing hidden.
 """
 
@@ -50,6 +50,16 @@ def query_blocks(p: AttentionProblem, first: jax.Array, columns: int, block: int
         hi = _floor(last + p.left + block, block)
         full_hi = jnp.minimum(full_hi, _floor(first + p.left + 1, block))
     return _ordered(lo, full_lo, full_hi, hi, -(-p.Sq // block))
+
+
+def between(first, last_first, first_last, last, block: int, blocks: int) -> Range:
+    """Key blocks for rows of which each sees one range: the extremes of where those start and of where they end.
+
+    A row that sees nothing starts after the last key and ends at -1, so that no block goes without a mask.
+    """
+    lo, full_lo = _floor(first, block), _floor(last_first + block - 1, block)
+    full_hi, hi = _floor(first_last + 1, block), _floor(last + block, block)
+    return _ordered(lo, full_lo, full_hi, hi, blocks)
 
 
 def _ordered(lo, full_lo, full_hi, hi, blocks: int) -> Range:
