@@ -1,7 +1,8 @@
 """Which tiles of the score matrix a causal or windowed call visits, and which of them need no mask.
 
-But for `between`, all four functions of position are monotone, so a range has the shape lo <= full_lo <= full_hi <= hi: tiles in
-[lo, hi) hold something visible, tiles in [full_lo, full_hi) hold nothing hidden.
+All four functions of position are monotone, so a range has the shape lo <= full_lo <= full_hi <= hi: tiles in
+[lo, hi) hold something visible, tiles in [full_lo, full_hi) hold nothing hidden. `between` serves queries that
+bring their own keys.
 """
 
 from __future__ import annotations
