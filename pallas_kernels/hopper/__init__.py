@@ -20,11 +20,8 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
         (p.dtype not in ("bfloat16", "float16"), f"dtype={p.dtype} must be bfloat16 or float16"),
         (p.D > 128, f"head_dim={p.D} must be <= 128"),
         (padded(p.D) != padded(p.Dv), f"head_dim={p.D} and value head_dim={p.Dv} must pad to one multiple of 64"),
-        (p.softcap is not None, f"softcap={p.softcap} is not in the kernels"),
         (p.bias_shape is not None, "bias is not in the kernels"),
         (p.mask_shape is not None, "mask is not in the kernels"),
-        (p.segments, "segment_ids are not in the kernels"),
-        (p.alibi, "alibi_slopes are not in the kernels"),
         (p.key_ranges, "key_ranges (packed sequences, caches) are not in the kernels"),
         (p.dropout_rate > 0, f"dropout_rate={p.dropout_rate} is not in the kernels"),
         (p.deterministic and direction == "backward", "deterministic=True: dQ is summed in no fixed order"),
@@ -35,8 +32,15 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
 
 def unproven(p: AttentionProblem) -> str | None:
     """What the kernels do in the interpreter and compile, but no test on a GPU has yet passed. Tests lift it."""
-    if p.sinks:
-        return "sinks are in the kernels, but not yet proven on a GPU"
+    features = {
+        "softcap": p.softcap is not None,
+        "segment_ids": p.segments,
+        "alibi_slopes": p.alibi,
+        "sinks": p.sinks,
+    }
+    for name, asked in features.items():
+        if asked:
+            return f"{name}: in the kernels, but not yet proven on a GPU"
     if p.D not in (64, 128) or p.D != p.Dv:
         return f"head_dim={p.D} and value head_dim={p.Dv}: only 64 and 128, both alike, are proven on a GPU"
     return None

@@ -25,14 +25,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
-from pallas_kernels.parts import barriers, descriptors, masking, ranges, register_order, schedule, softmax, tma
+from pallas_kernels.parts import barriers, descriptors, masking, ranges, register_order, schedule, scores, softmax, tma
 from pallas_kernels.parts.barriers import NamedBarrier
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Schedule, Work
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
 from pallas_kernels.tiles import BackwardTile
 
-COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 CONSUMERS = 2
 
 
@@ -83,6 +82,8 @@ class Plan:
 
 
 class Refs(NamedTuple):
+    """What a kernel sees; a feature that was not asked for is None."""
+
     q_gmem: Any
     k_gmem: Any
     v_gmem: Any
@@ -107,6 +108,11 @@ class Refs(NamedTuple):
     meeting: Any
     dq_full: Any
     dq_empty: Any
+    slopes_gmem: Any = None
+    q_ids_gmem: Any = None
+    kv_ids_gmem: Any = None
+    q_ids_smem: Any = None
+    kv_ids_smem: Any = None
 
 
 def attention_backward(
@@ -120,8 +126,13 @@ def attention_backward(
     plan = make_plan(p, interpret)
     q, d_out = (tma.fit(x, plan.tile.block_q) for x in (a.q, d_out))
     k, v = (tma.fit(x, plan.tile.block_kv) for x in (a.k, a.v))
+    inputs = {
+        **{"q_gmem": q, "k_gmem": k, "v_gmem": v, "do_gmem": d_out, "lse_gmem": lse2, "delta_gmem": delta},
+        **_features(plan, a),
+        "dq_gmem": dq,
+    }
     kernel = _compat.kernel(
-        functools.partial(_kernel, plan),
+        functools.partial(_kernel, plan, (*inputs, "dk_gmem", "dv_gmem")),
         name="attention_backward",
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         scratch=_scratch(plan),
@@ -130,8 +141,19 @@ def attention_backward(
         warpgroups=barriers.warpgroups(CONSUMERS, 2, interpret),
         interpret=interpret,
     )
-    dk, dv = kernel(q, k, v, d_out, lse2, delta, dq)
+    dk, dv = kernel(*inputs.values())
     return dk[:, : p.Sk, :, : p.D], dv[:, : p.Sk, :, : p.Dv]
+
+
+def _features(plan: Plan, a: AttentionArrays) -> dict[str, jax.Array]:
+    """What the call has beyond the usual, as the kernel wants it."""
+    found = {}
+    if a.alibi_slopes is not None:
+        found["slopes_gmem"] = a.alibi_slopes.astype(jnp.float32)
+    if a.q_segment_ids is not None and a.kv_segment_ids is not None:
+        found["q_ids_gmem"] = tma.whole_blocks(a.q_segment_ids, plan.tile.block_q)
+        found["kv_ids_gmem"] = tma.whole_blocks(a.kv_segment_ids, plan.tile.block_kv)
+    return found
 
 
 def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
@@ -160,14 +182,19 @@ def _tile_types(plan: Plan) -> dict[str, tma.TileType]:
 def _scratch(plan: Plan) -> dict[str, Any]:
     p, t = plan.problem, plan.tile
     types = _tile_types(plan)
+    smem = {name: x.scratch for name, x in types.items()}
+    ids = int(p.segments)  # they travel with K and with Q
+    if ids:
+        smem["kv_ids_smem"] = plgpu.SMEM((t.block_kv,), jnp.int32)
+        smem["q_ids_smem"] = plgpu.SMEM((t.stages, t.block_q), jnp.int32)
     return {
-        **{name: x.scratch for name, x in types.items()},
+        **smem,
         "ds_smem": plgpu.SMEM((t.ds_stages, t.block_kv, t.block_q), jnp.dtype(p.dtype), transforms=tma.TILED),
         "dq_smem": plgpu.SMEM((CONSUMERS, *plan.dq_shape[-2:]), jnp.float32),
         "lse_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
         "delta_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
-        "kv_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks + types["v_smem"].chunks),
-        "q_full": plgpu.Barrier(num_arrivals=types["q_smem"].chunks + 1, num_barriers=t.stages),
+        "kv_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks + types["v_smem"].chunks + ids),
+        "q_full": plgpu.Barrier(num_arrivals=types["q_smem"].chunks + 1 + ids, num_barriers=t.stages),
         "q_do_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=t.stages),
         "do_full": plgpu.Barrier(num_arrivals=types["do_smem"].chunks + 1, num_barriers=t.stages),
         "meeting": plan.meeting.scratch,
@@ -192,10 +219,10 @@ class Walk(NamedTuple):
         return self.first_head + lax.div(step, each), self.rows.lo + lax.rem(step, each)
 
 
-def _kernel(plan: Plan, *gmem, **scratch) -> None:
+def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     p, t = plan.problem, plan.tile
     tiles_smem = {name: x.view(scratch[name]) for name, x in _tile_types(plan).items()}
-    refs = Refs(*gmem, **{**scratch, **tiles_smem})
+    refs = Refs(**dict(zip(names, gmem, strict=True)), **{**scratch, **tiles_smem})
     work = plan.schedule.work(lax.axis_index("cta"))
     rows = ranges.query_blocks(p, work.block * t.block_kv, t.block_kv, t.block_q)
     walk = Walk(rows, (rows.hi - rows.lo) * p.group, work.h * p.group, p.group)
@@ -217,6 +244,9 @@ def _loader(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
     row = work.block * t.block_kv
     refs.k_smem.load(refs.k_gmem, work.b, row, work.h, 0, refs.kv_full)
     refs.v_smem.load(refs.v_gmem, work.b, row, work.h, 0, refs.kv_full)
+    if refs.kv_ids_gmem is not None:
+        ids = refs.kv_ids_gmem.at[tma.batch_entry(refs.kv_ids_gmem, work.b), pl.ds(row, t.block_kv)]
+        plgpu.copy_gmem_to_smem(ids, refs.kv_ids_smem, refs.kv_full)
 
     def load_block(step, _):
         slot = lax.rem(step, t.stages)
@@ -230,6 +260,9 @@ def _loader(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
 
         refs.q_smem.load(refs.q_gmem, work.b, row, head, slot, refs.q_full.at[slot])
         plgpu.copy_gmem_to_smem(refs.lse_gmem.at[statistics], refs.lse_smem.at[slot], refs.q_full.at[slot])
+        if refs.q_ids_gmem is not None:
+            ids = refs.q_ids_gmem.at[tma.batch_entry(refs.q_ids_gmem, work.b), pl.ds(row, t.block_q)]
+            plgpu.copy_gmem_to_smem(ids, refs.q_ids_smem.at[slot], refs.q_full.at[slot])
 
         refs.do_smem.load(refs.do_gmem, work.b, row, head, slot, refs.do_full.at[slot])
         plgpu.copy_gmem_to_smem(refs.delta_gmem.at[statistics], refs.delta_smem.at[slot], refs.do_full.at[slot])
@@ -311,16 +344,30 @@ def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, s_a
     """P^T and dS^T [64 keys, block_q] in the input dtype."""
     p, mine = plan.problem, pl.ds((wg + descriptors.zero_at(step, plan.interpret)) * 64, 64)
     tma.transposed_product(s_acc, refs.k_smem, 0, refs.q_smem, slot, rows=mine)
-    lse2 = _compat.load(refs.lse_smem.at[slot], COLUMNS)
+    lse2 = _compat.load(refs.lse_smem.at[slot], masking.COLUMNS)
     plgpu.barrier_wait(refs.do_full.at[slot])
     running = tma.transposed_product(dp_acc, refs.v_smem, 0, refs.do_smem, slot, rows=mine)
-    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
+    products = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
+    s, factor, slope = _modify(plan, refs, work, walk, wg, step, products)
     s = _hide(plan, work, walk, wg, step, s)
-    weights = jnp.exp2(s * (p.scale * softmax.LOG2E) - over_rows(lse2, s.shape))
+    if refs.kv_ids_smem is not None:
+        key_ids = _compat.load(refs.kv_ids_smem.at[pl.ds(wg * 64, 64)], softmax.ROWS)
+        s = masking.hide_other_segments(s, key_ids, _compat.load(refs.q_ids_smem.at[slot], masking.COLUMNS))
+    weights = jnp.exp2(s * factor - over_rows(lse2, s.shape))
     rounded = weights.astype(p.dtype)
     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
-    delta = _compat.load(refs.delta_smem.at[slot], COLUMNS)
-    return rounded, (weights * (dp - over_rows(delta, dp.shape))).astype(p.dtype)
+    delta = _compat.load(refs.delta_smem.at[slot], masking.COLUMNS)
+    ds = weights * (dp - over_rows(delta, dp.shape))
+    return rounded, (ds if slope is None else ds * slope).astype(p.dtype)
+
+
+def _modify(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, products) -> scores.Scores:
+    """Softcap and ALiBi on a tile of K Q^T."""
+    p, t = plan.problem, plan.tile
+    head, block = walk.at(step)
+    slope = None if refs.slopes_gmem is None else refs.slopes_gmem[tma.batch_entry(refs.slopes_gmem, work.b), head]
+    apart = work.block * t.block_kv + wg * 64 - (block * t.block_q + p.offset)
+    return scores.modify(p, products, slope, apart, plan.interpret)
 
 
 def _dq_product(plan: Plan, refs: Refs, wg, step, ds_slot, dq_acc) -> None:

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
-from pallas_kernels.parts import barriers, masking, ranges, schedule, softmax, tma
+from pallas_kernels.parts import barriers, masking, ranges, schedule, scores, softmax, tma
 from pallas_kernels.parts.barriers import NamedBarrier
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Schedule, Work
@@ -91,6 +91,11 @@ class Refs(NamedTuple):
     turn: Any
     table_gmem: Any = None
     sinks_gmem: Any = None
+    slopes_gmem: Any = None
+    q_ids_gmem: Any = None
+    kv_ids_gmem: Any = None
+    q_ids_smem: Any = None
+    kv_ids_smem: Any = None
 
 
 def attention_forward(
@@ -101,11 +106,9 @@ def attention_forward(
     q = tma.fit(a.q, plan.tile.rows)
     k, v = (tma.fit(x, plan.tile.block_kv) for x in (a.k, a.v))
     lse_rows = plan.schedule.blocks * plan.tile.rows
-    inputs = {"q_gmem": q, "k_gmem": k, "v_gmem": v}
+    inputs = {"q_gmem": q, "k_gmem": k, "v_gmem": v, **_features(plan, a)}
     if plan.schedule.persistent:
         inputs["table_gmem"] = plan.table
-    if a.sinks is not None:
-        inputs["sinks_gmem"] = a.sinks.astype(jnp.float32) * softmax.LOG2E
     kernel = _compat.kernel(
         functools.partial(_kernel, plan, (*inputs, "out_gmem", "lse_gmem")),
         name="attention_forward",
@@ -121,6 +124,19 @@ def attention_forward(
     )
     out, lse = kernel(*inputs.values())
     return out[:, : p.Sq, :, : p.Dv], lse[:, :, : p.Sq]
+
+
+def _features(plan: Plan, a: AttentionArrays) -> dict[str, jax.Array]:
+    """What the call has beyond q, k and v, as the kernel wants it."""
+    found = {}
+    if a.sinks is not None:
+        found["sinks_gmem"] = a.sinks.astype(jnp.float32) * softmax.LOG2E
+    if a.alibi_slopes is not None:
+        found["slopes_gmem"] = a.alibi_slopes.astype(jnp.float32)
+    if a.q_segment_ids is not None and a.kv_segment_ids is not None:
+        found["q_ids_gmem"] = tma.whole_blocks(a.q_segment_ids, plan.tile.rows)
+        found["kv_ids_gmem"] = tma.whole_blocks(a.kv_segment_ids, plan.tile.block_kv)
+    return found
 
 
 def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
@@ -142,12 +158,16 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     t = plan.tile
     types = _tile_types(plan)
     smem = {name: x.scratch for name, x in types.items() if not (t.out_in_q and name == "out_smem")}
+    ids = int(plan.problem.segments)  # they travel with Q and with K
+    if ids:
+        smem["q_ids_smem"] = plgpu.SMEM((t.warpgroups, 64), jnp.int32)
+        smem["kv_ids_smem"] = plgpu.SMEM((t.stages, t.block_kv), jnp.int32)
     return {
         **smem,
         "lse_smem": plgpu.SMEM((t.warpgroups, 64), jnp.float32),
-        "q_full": plgpu.Barrier(num_arrivals=t.warpgroups * types["q_smem"].chunks),
+        "q_full": plgpu.Barrier(num_arrivals=t.warpgroups * (types["q_smem"].chunks + ids)),
         "q_empty": plgpu.Barrier(num_arrivals=t.warpgroups),
-        "k_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks, num_barriers=t.stages),
+        "k_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks + ids, num_barriers=t.stages),
         "k_empty": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
         "v_full": plgpu.Barrier(num_arrivals=types["v_smem"].chunks, num_barriers=t.stages),
         "v_empty": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
@@ -211,7 +231,11 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
         pl.when(done > 0)(lambda: plgpu.barrier_wait(refs.q_empty))
 
     for w in range(t.warpgroups):
-        refs.q_smem.load(refs.q_gmem, work.b, work.block * t.rows + w * 64, work.h, w, refs.q_full)
+        row = work.block * t.rows + w * 64
+        refs.q_smem.load(refs.q_gmem, work.b, row, work.h, w, refs.q_full)
+        if refs.q_ids_gmem is not None:
+            ids = refs.q_ids_gmem.at[tma.batch_entry(refs.q_ids_gmem, work.b), pl.ds(row, 64)]
+            plgpu.copy_gmem_to_smem(ids, refs.q_ids_smem.at[w], refs.q_full)
 
     def load(step, smem, gmem, full, empty):
         slot = lax.rem(done + step, t.stages)
@@ -220,6 +244,10 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
 
     def load_keys(step):
         load(step, refs.k_smem, refs.k_gmem, refs.k_full, refs.k_empty)
+        if refs.kv_ids_gmem is not None:
+            slot, first = lax.rem(done + step, t.stages), (keys.hi - 1 - step) * t.block_kv
+            ids = refs.kv_ids_gmem.at[tma.batch_entry(refs.kv_ids_gmem, work.b), pl.ds(first, t.block_kv)]
+            plgpu.copy_gmem_to_smem(ids, refs.kv_ids_smem.at[slot], refs.k_full.at[slot])
 
     def load_values(step):
         load(step, refs.v_smem, refs.v_gmem, refs.v_full, refs.v_empty)
@@ -248,7 +276,7 @@ def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
     """Attention of this consumer's 64 rows; returns the key blocks done so far."""
     keys = _keys(plan, work)
     plgpu.barrier_wait(refs.q_full)
-    rows = Rows(wg, work.block * plan.tile.rows + wg * 64, keys, done, _start(refs, work))
+    rows = _rows(plan, refs, wg, work, keys, done)
     steps = keys.hi - keys.lo
     carry = lax.fori_loop(1, steps, functools.partial(_step, plan, refs, rows), _first(plan, refs, rows))
     if not plan.tile.out_in_q:
@@ -265,8 +293,7 @@ def _start(refs: Refs, work: Work) -> Softmax:
     """No key yet, or as if there had been one: a sink, whose value is 0."""
     if refs.sinks_gmem is None:
         return softmax.start(64)
-    b = 0 if refs.sinks_gmem.shape[0] == 1 else work.b
-    return softmax.start(64, refs.sinks_gmem[b, work.h], 1.0)
+    return softmax.start(64, refs.sinks_gmem[tma.batch_entry(refs.sinks_gmem, work.b), work.h], 1.0)
 
 
 class Rows(NamedTuple):
@@ -277,10 +304,21 @@ class Rows(NamedTuple):
     keys: Range
     done: Any
     start: Softmax  # before any key
+    slope: Any  # of ALiBi, or None
+    ids: Any  # segment ids [64], or None
 
     def block(self, step):
         """The key block of a step, last first."""
         return self.keys.hi - 1 - step
+
+
+def _rows(plan: Plan, refs: Refs, wg, work: Work, keys: Range, done) -> Rows:
+    slope = ids = None
+    if refs.slopes_gmem is not None:
+        slope = refs.slopes_gmem[tma.batch_entry(refs.slopes_gmem, work.b), work.h]
+    if refs.q_ids_smem is not None:
+        ids = _compat.load(refs.q_ids_smem.at[wg], softmax.ROWS)
+    return Rows(wg, work.block * plan.tile.rows + wg * 64, keys, done, _start(refs, work), slope, ids)
 
 
 class Carry(NamedTuple):
@@ -302,8 +340,9 @@ def _first(plan: Plan, refs: Refs, rows: Rows) -> Carry:
         return s_acc[...]
 
     s = pl.run_scoped(product, plgpu.ACC((64, t.block_kv), jnp.float32))
+    ids = _key_ids(plan, refs, slot)
     plgpu.barrier_arrive(refs.k_empty.at[slot])
-    state, weights, _ = _softmax(plan, rows, 0, rows.start, s)
+    state, weights, _ = _softmax(plan, rows, 0, rows.start, s, ids)
     acc = plgpu.layout_cast(jnp.zeros((64, tiles.padded(p.Dv)), jnp.float32), WGMMA)
     return Carry(acc, weights, state)
 
@@ -324,8 +363,9 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
         if plan.takes_turns:
             plan.turn.arrive(refs.turn, barriers.following(rows.wg, t.warpgroups))
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
+        ids = _key_ids(plan, refs, k_slot)
         plgpu.barrier_arrive(refs.k_empty.at[k_slot])
-        state, weights, fade = _softmax(plan, rows, step, carry.state, s)
+        state, weights, fade = _softmax(plan, rows, step, carry.state, s, ids)
         acc = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
         plgpu.barrier_arrive(refs.v_empty.at[v_slot])
         return Carry(acc * softmax.over_columns(fade, acc.shape), weights, state)
@@ -348,14 +388,27 @@ def _last(plan: Plan, refs: Refs, step, carry: Carry) -> jax.Array:
     return acc
 
 
-def _softmax(plan: Plan, rows: Rows, step, state: Softmax, s):
-    """Takes a tile of scores into the running softmax, hiding what an edge cuts off."""
+def _key_ids(plan: Plan, refs: Refs, slot):
+    """The segment ids of a key block in registers, or None; a fence, for TMA refills their slot."""
+    if refs.kv_ids_smem is None:
+        return None
+    ids = _compat.load(refs.kv_ids_smem.at[slot], masking.COLUMNS)
+    plgpu.commit_smem()
+    return ids
+
+
+def _softmax(plan: Plan, rows: Rows, step, state: Softmax, products, key_ids):
+    """Takes a tile of q k^T into the running softmax, hiding what an edge or another segment cuts off."""
     p = plan.problem
     block = rows.block(step)
+    apart = rows.first + p.offset - block * plan.tile.block_kv
+    s, factor, _ = scores.modify(p, products, rows.slope, apart, plan.interpret)
     cut = _cut(plan, rows.keys, block)
     if cut is not None:
         s = lax.cond(cut, functools.partial(_hide, plan, rows.first, block), lambda s: s, s)
-    state, weights, fade = softmax.step(state, s, p.scale * softmax.LOG2E, guarded=cut is not None)
+    if key_ids is not None:
+        s = masking.hide_other_segments(s, rows.ids, key_ids)
+    state, weights, fade = softmax.step(state, s, factor, guarded=cut is not None or key_ids is not None)
     return state, weights.astype(p.dtype), fade
 
 

@@ -18,6 +18,7 @@ from jaxlib.mlir.dialects import vector
 
 from pallas_kernels import _compat
 from pallas_kernels._compat import Interpret
+from pallas_kernels.parts import wgmma_layout
 
 WGMMA = plgpu.Layout.WGMMA
 _WIDTH = 256
@@ -74,9 +75,8 @@ def _strided(shape: tuple[int, int]):
 
 def _scalars(registers) -> list[ir.Value]:
     """The elements of every register, in order."""
-    found = []
-    for register in registers.flat:
-        for e in range(ir.VectorType(register.type).shape[0]):
-            position = ir.DenseI64ArrayAttr.get([e])
-            found.append(vector.extract(register, dynamic_position=[], static_position=position))
-    return found
+    return [
+        wgmma_layout.scalar(register, e)
+        for register in registers.flat
+        for e in range(ir.VectorType(register.type).shape[0])
+    ]

@@ -130,6 +130,16 @@ def fit(x: jax.Array, rows: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, pad_rows), (0, 0), (0, pad_columns)))
 
 
+def batch_entry(gmem, b):
+    """The index of batch entry b in an array that may broadcast over the batch."""
+    return 0 if gmem.shape[0] == 1 else b
+
+
+def whole_blocks(x: jax.Array, block: int) -> jax.Array:
+    """x [B, S] padded to whole blocks, for copies that do not stop at its end."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)))
+
+
 def fitted(head_dim: int) -> int:
     """Columns of an array that `fit` has padded."""
     return max(CHUNK, 8 * -(-head_dim // 8))

@@ -14,6 +14,7 @@ from pallas_kernels.parts import schedule
 from tests.kernels.interpreted import hopper_on_the_cpu
 from tests.oracle import assert_matches_oracle, inputs
 
+SEGMENTS = tuple(jax.random.randint(jax.random.key(n), (2, length), 0, 3) for n, length in enumerate((200, 300)))
 CASES = {
     "full": (dict(Sq=128, Sk=384, D=128), {}),
     "causal": (dict(Sq=256, H=1, D=128), dict(causal=True)),
@@ -29,6 +30,15 @@ CASES = {
     "rows_without_keys": (dict(Sq=130, Sk=50, H=2, D=64, sinks=True), dict(causal=True)),
     "no_rows_see_keys": (dict(Sq=256, Sk=128, H=1, D=128), dict(causal=True)),
     "scale": (dict(Sq=128, H=1, D=128), dict(scale=0.5)),
+    "softcap": (dict(Sq=256, H=1, D=128), dict(causal=True, softcap=3.0)),
+    "softcap_D64": (dict(Sq=192, H=1, D=64), dict(softcap=20.0)),
+    "alibi": (dict(Sq=150, Sk=200, H=2, Hk=1, D=128), dict(alibi_slopes=jnp.array([0.3, 0.02]))),
+    "alibi_of_each_batch_D64": (
+        dict(B=2, Sq=200, H=1, D=64),
+        dict(causal=True, softcap=5.0, alibi_slopes=jnp.array([[0.3], [0.02]])),
+    ),
+    "segments": (dict(Sq=256, H=1, D=128), dict(causal=True, segment_ids=jnp.repeat(jnp.arange(4), 64)[None])),
+    "segments_D64": (dict(B=2, Sq=200, Sk=300, H=1, D=64), dict(segment_ids=SEGMENTS)),
 }
 OLD = jax.__version_info__ < (0, 11)
 RUN = {"full", "grouped_D64"} if OLD else CASES
