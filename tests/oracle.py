@@ -16,9 +16,7 @@ import numpy as np
 from jflash import flash_attention
 
 
-def inputs(
-    seed, dtype, *, B=1, Sq=64, Sk=None, H=2, Hk=None, D=32, Dv=None, bias=None, sinks=False
-) -> dict[str, jax.Array]:
+def inputs(seed, dtype, *, B=1, Sq=64, Sk=None, H=2, Hk=None, D=32, Dv=None, bias=None, sinks=False) -> dict:
     """Random q, k, v in a dtype, with a bias of the given shape and sinks if asked."""
     rng = np.random.default_rng(seed)
     Sk, Hk, Dv = (Sq if Sk is None else Sk), Hk or H, Dv or D

@@ -9,7 +9,7 @@ import pytest
 
 from jflash import flash_attention
 from tests.oracle import assert_matches_oracle, inputs
-from tests.parity.cases import booleans, normal, segments, slopes
+from tests.parity.cases import booleans, normal, outputs_and_gradients, segments, slopes
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -142,18 +142,14 @@ def test_everything_at_once(dtype):
 @pytest.mark.parametrize(("options", "blind"), [({"causal": True}, 53), ({"window": (5, 3)}, 50)])
 def test_rows_that_see_no_key(options, blind):
     """Exactly 0 out, -inf lse and no gradient, whatever the cotangents."""
-
-    @jax.jit
-    def run(arrays, cotangents):
-        attend = functools.partial(flash_attention, **options, return_lse=True, implementation="xla")
-        results, pull = jax.vjp(lambda a: attend(**a), arrays)
-        return *results, *pull(cotangents)
-
-    out, lse, grads = run(inputs(33, jnp.float32, Sq=90, Sk=37), (normal(34, 1, 90, 2, 32), normal(35, 1, 2, 90)))
+    attend = functools.partial(flash_attention, **options, return_lse=True, implementation="xla")
+    run = outputs_and_gradients(lambda a: attend(**a))
+    (out, lse), grads = run(inputs(33, jnp.float32, Sq=90, Sk=37))
     assert (out[:, :blind] == 0).all()
     assert (lse[:, :, :blind] == -jnp.inf).all()
     assert jnp.isfinite(lse[:, :, blind:]).all()
     assert (grads["q"][:, :blind] == 0).all()
+    assert (grads["q"][:, blind:] != 0).any()
 
 
 @pytest.mark.parametrize("empty", [{"Sq": 0, "Sk": 5}, {"Sq": 5, "Sk": 0}, {"B": 0, "Sq": 5}], ids=str)
@@ -167,11 +163,26 @@ def test_nothing_to_do(empty):
 
 
 def test_without_lse():
-    """The same gradients where lse has no cotangent as where it is zero."""
-    arrays, cotangent = inputs(37, jnp.float32, **ONE), normal(38, B, SQ, H, 16)
+    """The same bits where lse is not asked for, and so has no cotangent."""
+    arrays = inputs(37, jnp.float32, **ONE)
     attend = functools.partial(flash_attention, implementation="xla")
-    zero = jax.jit(jax.grad(lambda a: jnp.vdot(cotangent, attend(**a, return_lse=True)[0])))(arrays)
-    none = jax.jit(jax.grad(lambda a: jnp.vdot(cotangent, attend(**a))))(arrays)
-    for name, gradient in zero.items():
-        assert jnp.array_equal(gradient, none[name])
-        assert jnp.abs(gradient).max() > 0.1
+    asked = outputs_and_gradients(lambda a: attend(**a, return_lse=True)[0])(arrays)
+    unasked = outputs_and_gradients(lambda a: attend(**a))(arrays)
+    for x, y in zip(jax.tree.leaves(asked), jax.tree.leaves(unasked), strict=True):
+        assert jnp.array_equal(x, y)
+        assert jnp.abs(x).max() > 0.1
+
+
+def test_x64_changes_no_bit():
+    """float32 stays float32 where integers and Python numbers are wide by default."""
+    arrays = inputs(38, jnp.float32, **ONE, bias=(1, H, SQ, SK), sinks=True)
+    options = {"softcap": 2.0, "alibi_slopes": slopes(39, H), "mask": booleans(40, SQ, SK), "window": (50, 9)}
+    options |= {"dropout_rate": 0.2, "dropout_key": jax.random.key(41)}
+    results = []
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            run = outputs_and_gradients(lambda a: flash_attention(**a, **options, return_lse=True))
+            results.append(run(arrays, (normal(42, B, SQ, H, 16), normal(43, B, H, SQ))))
+    for x, y in zip(*map(jax.tree.leaves, results), strict=True):
+        assert x.dtype == y.dtype == jnp.float32
+        assert jnp.array_equal(x, y)

@@ -175,7 +175,7 @@ def test_only_the_asked_gradients_are_computed():
     arrays = inputs(9, jnp.float32, Sq=40, H=2, bias=(1, 2, 40, 40))
 
     def text(names):
-        f = lambda a: flash_attention(**{**arrays, **a}, implementation="xla").sum()  # noqa: E731
+        f = lambda a: flash_attention(**arrays | a, implementation="xla").sum()  # noqa: E731
         return jax.jit(jax.grad(f)).lower({name: arrays[name] for name in names}).as_text()
 
     carry = "tensor<1x2x1x40x40xf32>"
