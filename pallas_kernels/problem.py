@@ -83,6 +83,21 @@ class AttentionArrays(NamedTuple):
     dropout_seeds: jax.Array | None = None  # [B, 2] uint32
 
 
+class CacheArrays(NamedTuple):
+    """The arrays of a call on a key/value cache, whose problem has key_ranges and counts in Sk all that fits.
+
+    The cache has N rows of `page` keys each. A batch entry has one row, or several, its pages.
+    """
+
+    q: jax.Array  # [B, Sq, H, D]
+    k: jax.Array  # [N, page, Hk, D]
+    v: jax.Array  # [N, page, Hk, Dv]; where no query sees a key anything may lie, NaN too
+    key_ranges: jax.Array  # [B, 3, Sq] int32, as in AttentionArrays
+    pages: jax.Array | None = None  # [B, Sk / page] int32: which rows are an entry's, in order; None: its own
+    alibi_slopes: jax.Array | None = None  # [B|1, H] float32
+    sinks: jax.Array | None = None  # [B|1, H] floating point
+
+
 class AttentionGradients(NamedTuple):
     """Cotangents of the differentiable arrays, in their shapes and dtypes."""
 

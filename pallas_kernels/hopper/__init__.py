@@ -22,7 +22,7 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
         (padded(p.D) != padded(p.Dv), f"head_dim={p.D} and value head_dim={p.Dv} must pad to one multiple of 64"),
         (p.bias_shape is not None, "bias is not in the kernels"),
         (p.mask_shape is not None, "mask is not in the kernels"),
-        (p.key_ranges, "key_ranges (packed sequences, caches) are not in the kernels"),
+        (p.key_ranges and p.alibi, "alibi_slopes with packed sequences or caches are not in the kernels"),
         (p.dropout_rate > 0, f"dropout_rate={p.dropout_rate} is not in the kernels"),
         (p.deterministic and direction == "backward", "deterministic=True: dQ is summed in no fixed order"),
         (p.scale <= 0, f"scale={p.scale} must be > 0"),
@@ -37,6 +37,7 @@ def unproven(p: AttentionProblem) -> str | None:
         "segment_ids": p.segments,
         "alibi_slopes": p.alibi,
         "sinks": p.sinks,
+        "key_ranges (packed sequences, caches)": p.key_ranges,
     }
     for name, asked in features.items():
         if asked:

@@ -113,6 +113,10 @@ class Refs(NamedTuple):
     kv_ids_gmem: Any = None
     q_ids_smem: Any = None
     kv_ids_smem: Any = None
+    limits_gmem: Any = None  # [B|1, 2, rows]: the first and the last key of each query
+    limits_smem: Any = None
+    visits_gmem: Any = None  # see ranges.table
+    visitors_gmem: Any = None  # see ranges.visitors
 
 
 def attention_backward(
@@ -153,6 +157,10 @@ def _features(plan: Plan, a: AttentionArrays) -> dict[str, jax.Array]:
     if a.q_segment_ids is not None and a.kv_segment_ids is not None:
         found["q_ids_gmem"] = tma.whole_blocks(a.q_segment_ids, plan.tile.block_q)
         found["kv_ids_gmem"] = tma.whole_blocks(a.kv_segment_ids, plan.tile.block_kv)
+    if a.key_ranges is not None:
+        visits = ranges.table(a.key_ranges, plan.tile.block_q, plan.tile.block_kv, plan.problem.Sk)
+        found["limits_gmem"] = ranges.limits(a.key_ranges, plan.tile.block_q)
+        found["visits_gmem"], found["visitors_gmem"] = visits, ranges.visitors(visits, plan.schedule.blocks)
     return found
 
 
@@ -187,6 +195,9 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     if ids:
         smem["kv_ids_smem"] = plgpu.SMEM((t.block_kv,), jnp.int32)
         smem["q_ids_smem"] = plgpu.SMEM((t.stages, t.block_q), jnp.int32)
+    limits = int(p.key_ranges)
+    if limits:
+        smem["limits_smem"] = plgpu.SMEM((t.stages, 2, t.block_q), jnp.int32)
     return {
         **smem,
         "ds_smem": plgpu.SMEM((t.ds_stages, t.block_kv, t.block_q), jnp.dtype(p.dtype), transforms=tma.TILED),
@@ -194,7 +205,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         "lse_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
         "delta_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
         "kv_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks + types["v_smem"].chunks + ids),
-        "q_full": plgpu.Barrier(num_arrivals=types["q_smem"].chunks + 1 + ids, num_barriers=t.stages),
+        "q_full": plgpu.Barrier(num_arrivals=types["q_smem"].chunks + 1 + ids + limits, num_barriers=t.stages),
         "q_do_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=t.stages),
         "do_full": plgpu.Barrier(num_arrivals=types["do_smem"].chunks + 1, num_barriers=t.stages),
         "meeting": plan.meeting.scratch,
@@ -220,16 +231,26 @@ class Walk(NamedTuple):
 
 
 def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
-    p, t = plan.problem, plan.tile
+    p = plan.problem
     tiles_smem = {name: x.view(scratch[name]) for name, x in _tile_types(plan).items()}
     refs = Refs(**dict(zip(names, gmem, strict=True)), **{**scratch, **tiles_smem})
     work = plan.schedule.work(lax.axis_index("cta"))
-    rows = ranges.query_blocks(p, work.block * t.block_kv, t.block_kv, t.block_q)
+    rows = _query_blocks(plan, refs, work)
     walk = Walk(rows, (rows.hi - rows.lo) * p.group, work.h * p.group, p.group)
     wg = lax.axis_index("wg")
     consume = functools.partial(_consumer, plan, refs, work, walk, wg)
     serve = functools.partial(_servants, plan, refs, work, walk, wg - CONSUMERS)
     lax.cond(wg < CONSUMERS, consume, serve)
+
+
+def _query_blocks(plan: Plan, refs: Refs, work: Work) -> Range:
+    """The query blocks that see a CTA's keys."""
+    t = plan.tile
+    if refs.visitors_gmem is None:
+        return ranges.query_blocks(plan.problem, work.block * t.block_kv, t.block_kv, t.block_q)
+    b = tma.batch_entry(refs.visitors_gmem, work.b)
+    lo, hi = (refs.visitors_gmem[b, work.block, n] for n in range(2))
+    return Range(lo, lo, hi, hi)  # `_hide` asks each query block what of it needs a mask
 
 
 def _servants(plan: Plan, refs: Refs, work: Work, walk: Walk, index) -> None:
@@ -263,6 +284,9 @@ def _loader(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
         if refs.q_ids_gmem is not None:
             ids = refs.q_ids_gmem.at[tma.batch_entry(refs.q_ids_gmem, work.b), pl.ds(row, t.block_q)]
             plgpu.copy_gmem_to_smem(ids, refs.q_ids_smem.at[slot], refs.q_full.at[slot])
+        if refs.limits_gmem is not None:
+            limits = refs.limits_gmem.at[tma.batch_entry(refs.limits_gmem, work.b), :, pl.ds(row, t.block_q)]
+            plgpu.copy_gmem_to_smem(limits, refs.limits_smem.at[slot], refs.q_full.at[slot])
 
         refs.do_smem.load(refs.do_gmem, work.b, row, head, slot, refs.do_full.at[slot])
         plgpu.copy_gmem_to_smem(refs.delta_gmem.at[statistics], refs.delta_smem.at[slot], refs.do_full.at[slot])
@@ -349,7 +373,10 @@ def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, s_a
     running = tma.transposed_product(dp_acc, refs.v_smem, 0, refs.do_smem, slot, rows=mine)
     products = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
     s, factor, slope = _modify(plan, refs, work, walk, wg, step, products)
-    s = _hide(plan, work, walk, wg, step, s)
+    if refs.limits_smem is None:
+        s = _hide(plan, work, walk, wg, step, s)
+    else:
+        s = _hide_by_limits(plan, refs, work, walk, wg, step, slot, s)
     if refs.kv_ids_smem is not None:
         key_ids = _compat.load(refs.kv_ids_smem.at[pl.ds(wg * 64, 64)], softmax.ROWS)
         s = masking.hide_other_segments(s, key_ids, _compat.load(refs.q_ids_smem.at[slot], masking.COLUMNS))
@@ -404,6 +431,23 @@ def _hide(plan: Plan, work: Work, walk: Walk, wg, step, s) -> jax.Array:
         return masking.hide_columns(s, None if p.right is None else here - p.right, high, plan.interpret)
 
     return lax.cond(cut, hide, lambda s: s, s)
+
+
+def _hide_by_limits(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, s) -> jax.Array:
+    """-inf where a key is not in its query's own range."""
+    _, block = walk.at(step)
+    b = tma.batch_entry(refs.visits_gmem, work.b)
+    full_lo, full_hi = (refs.visits_gmem[b, block, n] for n in (1, 2))
+
+    def hide(s):
+        key = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=softmax.ROWS)
+        key = softmax.over_columns(key + (work.block * plan.tile.block_kv + wg * 64), s.shape)
+        first = _compat.load(refs.limits_smem.at[slot, 0], masking.COLUMNS)
+        s = jnp.where(key >= over_rows(first, s.shape), s, -jnp.inf)
+        last = _compat.load(refs.limits_smem.at[slot, 1], masking.COLUMNS)
+        return jnp.where(key <= over_rows(last, s.shape), s, -jnp.inf)
+
+    return lax.cond((work.block < full_lo) | (work.block >= full_hi), hide, lambda s: s, s)
 
 
 def over_rows(x: jax.Array, shape) -> jax.Array:

@@ -96,6 +96,9 @@ class Refs(NamedTuple):
     kv_ids_gmem: Any = None
     q_ids_smem: Any = None
     kv_ids_smem: Any = None
+    limits_gmem: Any = None  # [B|1, 2, rows]: the first and the last key of each row
+    limits_smem: Any = None
+    visits_gmem: Any = None  # see ranges.table
 
 
 def attention_forward(
@@ -136,6 +139,9 @@ def _features(plan: Plan, a: AttentionArrays) -> dict[str, jax.Array]:
     if a.q_segment_ids is not None and a.kv_segment_ids is not None:
         found["q_ids_gmem"] = tma.whole_blocks(a.q_segment_ids, plan.tile.rows)
         found["kv_ids_gmem"] = tma.whole_blocks(a.kv_segment_ids, plan.tile.block_kv)
+    if a.key_ranges is not None:
+        found["limits_gmem"] = ranges.limits(a.key_ranges, plan.tile.rows)
+        found["visits_gmem"] = ranges.table(a.key_ranges, plan.tile.rows, plan.tile.block_kv, plan.problem.Sk)
     return found
 
 
@@ -162,10 +168,13 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     if ids:
         smem["q_ids_smem"] = plgpu.SMEM((t.warpgroups, 64), jnp.int32)
         smem["kv_ids_smem"] = plgpu.SMEM((t.stages, t.block_kv), jnp.int32)
+    limits = int(plan.problem.key_ranges)
+    if limits:
+        smem["limits_smem"] = plgpu.SMEM((t.warpgroups, 2, 64), jnp.int32)
     return {
         **smem,
         "lse_smem": plgpu.SMEM((t.warpgroups, 64), jnp.float32),
-        "q_full": plgpu.Barrier(num_arrivals=t.warpgroups * (types["q_smem"].chunks + ids)),
+        "q_full": plgpu.Barrier(num_arrivals=t.warpgroups * (types["q_smem"].chunks + ids + limits)),
         "q_empty": plgpu.Barrier(num_arrivals=t.warpgroups),
         "k_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks + ids, num_barriers=t.stages),
         "k_empty": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
@@ -196,10 +205,14 @@ def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     lax.cond(wg < plan.tile.warpgroups, consume, produce)
 
 
-def _keys(plan: Plan, work: Work) -> Range:
+def _keys(plan: Plan, refs: Refs, work: Work) -> Range:
     """The key blocks of a tile: at least one, wholly masked if need be, so that no role has an empty case."""
     t = plan.tile
-    keys = ranges.key_blocks(plan.problem, work.block * t.rows, t.rows, t.block_kv)
+    if refs.visits_gmem is None:
+        keys = ranges.key_blocks(plan.problem, work.block * t.rows, t.rows, t.block_kv)
+    else:
+        b = tma.batch_entry(refs.visits_gmem, work.b)
+        keys = Range(*(refs.visits_gmem[b, work.block, n] for n in range(4)))
     last = jnp.minimum(keys.lo, -(-plan.problem.Sk // t.block_kv) - 1)
     return keys._replace(lo=last, hi=jnp.maximum(keys.hi, last + 1))
 
@@ -207,7 +220,7 @@ def _keys(plan: Plan, work: Work) -> Range:
 def _cut(plan: Plan, keys: Range, block: jax.Array) -> jax.Array | None:
     """Whether an edge cuts the block, so that it needs a mask; None if none ever does."""
     p = plan.problem
-    if p.left is None and p.right is None and p.Sk % plan.tile.block_kv == 0:
+    if p.left is None and p.right is None and not p.key_ranges and p.Sk % plan.tile.block_kv == 0:
         return None
     return (block < keys.full_lo) | (block >= keys.full_hi)
 
@@ -224,7 +237,7 @@ def _producer(plan: Plan, refs: Refs, cta) -> None:
 def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
     """Copies the operands of a tile; `done` counts the key blocks of earlier tiles, which fix ring slots."""
     t = plan.tile
-    keys = _keys(plan, work)
+    keys = _keys(plan, refs, work)
     kv_head = lax.div(work.h, jnp.int32(plan.problem.group))
 
     if plan.schedule.persistent:
@@ -236,6 +249,9 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
         if refs.q_ids_gmem is not None:
             ids = refs.q_ids_gmem.at[tma.batch_entry(refs.q_ids_gmem, work.b), pl.ds(row, 64)]
             plgpu.copy_gmem_to_smem(ids, refs.q_ids_smem.at[w], refs.q_full)
+        if refs.limits_gmem is not None:
+            limits = refs.limits_gmem.at[tma.batch_entry(refs.limits_gmem, work.b), :, pl.ds(row, 64)]
+            plgpu.copy_gmem_to_smem(limits, refs.limits_smem.at[w], refs.q_full)
 
     def load(step, smem, gmem, full, empty):
         slot = lax.rem(done + step, t.stages)
@@ -274,7 +290,7 @@ def _consumer(plan: Plan, refs: Refs, cta, wg) -> None:
 
 def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
     """Attention of this consumer's 64 rows; returns the key blocks done so far."""
-    keys = _keys(plan, work)
+    keys = _keys(plan, refs, work)
     plgpu.barrier_wait(refs.q_full)
     rows = _rows(plan, refs, wg, work, keys, done)
     steps = keys.hi - keys.lo
@@ -306,6 +322,7 @@ class Rows(NamedTuple):
     start: Softmax  # before any key
     slope: Any  # of ALiBi, or None
     ids: Any  # segment ids [64], or None
+    limits: Any  # the first and the last key of each row, or None
 
     def block(self, step):
         """The key block of a step, last first."""
@@ -313,12 +330,14 @@ class Rows(NamedTuple):
 
 
 def _rows(plan: Plan, refs: Refs, wg, work: Work, keys: Range, done) -> Rows:
-    slope = ids = None
+    slope = ids = limits = None
     if refs.slopes_gmem is not None:
         slope = refs.slopes_gmem[tma.batch_entry(refs.slopes_gmem, work.b), work.h]
     if refs.q_ids_smem is not None:
         ids = _compat.load(refs.q_ids_smem.at[wg], softmax.ROWS)
-    return Rows(wg, work.block * plan.tile.rows + wg * 64, keys, done, _start(refs, work), slope, ids)
+    if refs.limits_smem is not None:
+        limits = [_compat.load(refs.limits_smem.at[wg, n], softmax.ROWS) for n in range(2)]
+    return Rows(wg, work.block * plan.tile.rows + wg * 64, keys, done, _start(refs, work), slope, ids, limits)
 
 
 class Carry(NamedTuple):
@@ -405,17 +424,20 @@ def _softmax(plan: Plan, rows: Rows, step, state: Softmax, products, key_ids):
     s, factor, _ = scores.modify(p, products, rows.slope, apart, plan.interpret)
     cut = _cut(plan, rows.keys, block)
     if cut is not None:
-        s = lax.cond(cut, functools.partial(_hide, plan, rows.first, block), lambda s: s, s)
+        s = lax.cond(cut, functools.partial(_hide, plan, rows, block), lambda s: s, s)
     if key_ids is not None:
         s = masking.hide_other_segments(s, rows.ids, key_ids)
     state, weights, fade = softmax.step(state, s, factor, guarded=cut is not None or key_ids is not None)
     return state, weights.astype(p.dtype), fade
 
 
-def _hide(plan: Plan, first_row, block, s) -> jax.Array:
+def _hide(plan: Plan, rows: Rows, block, s) -> jax.Array:
     p = plan.problem
+    if rows.limits is not None:
+        low, high = (limit - block * plan.tile.block_kv for limit in rows.limits)
+        return masking.hide_columns(s, low, high, plan.interpret)
     row = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=softmax.ROWS)
-    here = row + (first_row + p.offset - block * plan.tile.block_kv)  # the query's own position, as a column
+    here = row + (rows.first + p.offset - block * plan.tile.block_kv)  # the query's own position, as a column
     last = p.Sk - 1 - block * plan.tile.block_kv
     high = jnp.minimum(here + p.right, last) if p.right is not None else softmax.row_values(last, 64, jnp.int32)
     return masking.hide_columns(s, None if p.left is None else here - p.left, high, plan.interpret)

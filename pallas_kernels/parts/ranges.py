@@ -63,6 +63,33 @@ def between(first, last_first, first_last, last, block: int, blocks: int) -> Ran
     return _ordered(lo, full_lo, full_hi, hi, blocks)
 
 
+def table(key_ranges: jax.Array, rows: int, block: int, Sk: int) -> jax.Array:
+    """For each block of query rows its Range of key blocks, int32 [B|1, query blocks, 4]."""
+    first, last = (in_blocks(key_ranges[:, n], rows) for n in range(2))
+    extremes = first.min(axis=2), first.max(axis=2), last.min(axis=2), last.max(axis=2)
+    return jnp.stack(between(*extremes, block, -(-Sk // block)), axis=2)
+
+
+def limits(key_ranges: jax.Array, rows: int) -> jax.Array:
+    """The first and the last key of each query row, int32 [B|1, 2, Sq in whole blocks]."""
+    return jnp.stack([in_blocks(key_ranges[:, n], rows).reshape(key_ranges.shape[0], -1) for n in range(2)], axis=1)
+
+
+def visitors(visits: jax.Array, blocks: int) -> jax.Array:
+    """For each of `blocks` key blocks the query blocks [lo, hi) that a `table` sends to it, int32 [B|1, blocks, 2]."""
+    block = jnp.arange(blocks)[:, None]
+    visited = (visits[:, None, :, 0] <= block) & (block < visits[:, None, :, 3])
+    lo = jnp.argmax(visited, axis=2)
+    hi = jnp.where(visited.any(axis=2), visited.shape[2] - jnp.argmax(visited[:, :, ::-1], axis=2), lo)
+    return jnp.stack([lo, hi], axis=2).astype(jnp.int32)
+
+
+def in_blocks(x: jax.Array, rows: int) -> jax.Array:
+    """x [B, S] as [B, blocks, rows]; the last value fills up the last block."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % rows)), mode="edge")
+    return x.reshape(x.shape[0], -1, rows)
+
+
 def _ordered(lo, full_lo, full_hi, hi, blocks: int) -> Range:
     """Clips to [0, blocks] and makes the four bounds monotone; None is open."""
     lo = jnp.int32(0) if lo is None else jnp.minimum(lo, blocks)

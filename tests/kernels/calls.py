@@ -8,7 +8,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from jflash import backends, flash_attention
+from jflash import backends, flash_attention, flash_attention_varlen
 from pallas_kernels import hopper
 
 CALLS = {
@@ -29,6 +29,8 @@ CALLS = {
     "D64_ragged": (dict(D=64, S=1001), dict(window=(100, 100))),
     "D96": (dict(D=96), dict(causal=True)),
     "D80_Dv128": (dict(D=80, Dv=128), {}),
+    "D128_packed": (dict(B=1, D=128), dict(causal=True, sequences=4)),
+    "D64_packed": (dict(B=1, D=64, S=1001), dict(window=(100, 0), sequences=3)),
     "float16": (dict(D=128, dtype=jnp.float16), dict(causal=True)),
 }
 
@@ -47,12 +49,20 @@ def forward_and_backward(options: dict):
 
     def run(qkv, sinks, d_out, d_lse):
         def attend(qkv, sinks):
-            return flash_attention(*qkv, sinks=sinks, **options, return_lse=True, implementation="hopper")
+            call = packed if "sequences" in options else flash_attention
+            return call(*qkv, sinks=sinks, **options, return_lse=True, implementation="hopper")
 
         outputs, pull = jax.vjp(attend, qkv, sinks)
         return outputs, pull((d_out, d_lse))
 
     return run
+
+
+def packed(q, k, v, *, sequences: int, **options):
+    """flash_attention_varlen of a batch of one that holds some sequences."""
+    lengths = jnp.linspace(0, q.shape[1], sequences + 1).astype(jnp.int32)
+    out, lse = flash_attention_varlen(q[0], k[0], v[0], cu_seqlens_q=lengths, cu_seqlens_k=lengths, **options)
+    return out[None], lse[None]
 
 
 @contextlib.contextmanager

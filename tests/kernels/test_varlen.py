@@ -1,0 +1,37 @@
+"""Packed sequences in the Hopper kernels, in the interpreter: each query row has its own range of keys."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jflash import flash_attention_varlen
+from tests.kernels.interpreted import hopper_on_the_cpu
+from tests.kernels.test_attention import OLD
+from tests.varlen.rule import assert_follows, by_sequence, cu_seqlens, packed
+
+pytestmark = pytest.mark.skipif(OLD, reason="slow on this JAX")
+CASES = {
+    "full": ((100, 1, 90, 65), (100, 1, 90, 65), dict(D=128, H=1, Hk=1), {}),
+    "causal": ((130, 0, 126), (60, 5, 191), dict(D=128, H=2, Hk=1), dict(causal=True)),
+    "window_D64": ((200, 184), (200, 184), dict(D=64, H=1, Hk=1), dict(causal=True, window=(50, None))),
+    "unused_rows": ((40, 30), (200, 100), dict(D=64, H=2, Hk=2), dict(causal=True)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_oracle(name):
+    q_lengths, k_lengths, shape, options = CASES[name]
+    cu_q, cu_k = cu_seqlens(*q_lengths), cu_seqlens(*k_lengths)
+    behind = 58 if name == "unused_rows" else 0
+    arrays = packed(0, jnp.bfloat16, Tq=sum(q_lengths) + behind, Tk=sum(k_lengths) + behind, **shape)
+
+    def ours(arrays):
+        return flash_attention_varlen(
+            **arrays, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options, return_lse=True, implementation="hopper"
+        )
+
+    def oracle(arrays):
+        return by_sequence(**arrays, cu_q=np.asarray(cu_q), cu_k=np.asarray(cu_k), **options)
+
+    with hopper_on_the_cpu():
+        assert_follows(ours, oracle, arrays)
