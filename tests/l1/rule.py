@@ -29,7 +29,7 @@ def assert_same(ours, oracle, arrays: dict) -> None:
     x, low = outputs_and_gradients(ours, arrays), outputs_and_gradients(oracle, arrays)
     with jax.enable_x64(True):
         ref = outputs_and_gradients(oracle, jax.tree.map(lambda y: np.asarray(y, np.float64), arrays))
-    assert jax.tree.map(jnp.dtype, x) == jax.tree.map(jnp.dtype, low)
+    assert jax.tree.map(lambda y: y.dtype, x) == jax.tree.map(lambda y: y.dtype, low)
     names = (jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(ref))
     for name, *three in zip(names, *map(jax.tree.leaves, (x, low, ref)), strict=True):
         assert_close(name, *three, dtype)
