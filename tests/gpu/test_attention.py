@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflash import flash_attention
+from jflash import flash_attention, flash_attention_varlen
 from tests.oracle import assert_matches_oracle, inputs
+from tests.varlen.rule import assert_follows, by_sequence, cu_seqlens, packed
 
 SHAPES = {
     "one_tile": dict(Sq=128, D=128),
@@ -38,6 +39,50 @@ CASES = [
 @pytest.mark.parametrize(("shape", "options"), CASES, ids=str)
 def test_matches_oracle(unproven, shape, options):
     assert_matches_oracle(inputs(0, jnp.bfloat16, **SHAPES[shape]), options, "hopper")
+
+
+SEGMENTS = tuple(jax.random.randint(jax.random.key(n), (2, length), 0, 3) for n, length in enumerate((700, 900)))
+FEATURES = {
+    "softcap": (dict(Sq=1000, D=128), dict(causal=True, softcap=3.0)),
+    "softcap_D64": (dict(Sq=1000, D=64), dict(softcap=20.0)),
+    "alibi": (dict(Sq=500, Sk=700, H=4, Hk=2, D=128), dict(alibi_slopes=jnp.array([0.5, 0.1, 0.02, 0.004]))),
+    "alibi_of_each_batch_D64": (
+        dict(B=2, Sq=500, H=1, D=64),
+        dict(causal=True, softcap=5.0, alibi_slopes=jnp.array([[0.3], [0.02]])),
+    ),
+    "segments": (dict(B=2, Sq=700, Sk=900, D=128), dict(segment_ids=SEGMENTS)),
+    "segments_D64": (dict(B=2, Sq=700, Sk=900, D=64), dict(causal=True, segment_ids=SEGMENTS)),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(unproven, name):
+    shape, options = FEATURES[name]
+    assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), options, "hopper")
+
+
+PACKED = {
+    "full": ((300, 1, 511, 212), (300, 1, 511, 212), dict(D=128), {}),
+    "causal": ((130, 0, 626), (60, 5, 991), dict(D=128), dict(causal=True)),
+    "window_D64": ((700, 324), (700, 324), dict(D=64), dict(causal=True, window=(50, None))),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_sequences(unproven, name):
+    q_lengths, k_lengths, shape, options = PACKED[name]
+    cu_q, cu_k = cu_seqlens(*q_lengths), cu_seqlens(*k_lengths)
+    arrays = packed(0, jnp.bfloat16, Tq=sum(q_lengths), Tk=sum(k_lengths), **shape)
+
+    def ours(arrays):
+        return flash_attention_varlen(
+            **arrays, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options, return_lse=True, implementation="hopper"
+        )
+
+    def oracle(arrays):
+        return by_sequence(**arrays, cu_q=np.asarray(cu_q), cu_k=np.asarray(cu_k), **options)
+
+    assert_follows(ours, oracle, arrays)
 
 
 def test_float16():
