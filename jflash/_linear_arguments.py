@@ -128,9 +128,11 @@ def state_arrays(state, shape: tuple[int, int, int, int], dtype, normalize: bool
 
 def check_decay_values(log_decay) -> None:
     """Log decays known now are <= 0; traced ones are the caller's word."""
-    known = isinstance(log_decay, jax.Array) and not isinstance(log_decay, Tracer)
-    if known and bool((log_decay > 0).any()):
-        raise ValueError(f"log_decay max={float(log_decay.max()):.3g} must be <= 0, the log of a decay in [0, 1]")
+    if isinstance(log_decay, (Tracer, jax.ShapeDtypeStruct)) or not log_decay.is_fully_addressable:
+        return
+    with jax.ensure_compile_time_eval():  # a known array may be closed over by a jit
+        if (log_decay > 0).any():
+            raise ValueError(f"log_decay max={float(log_decay.max()):.3g} must be <= 0, the log of a decay in [0, 1]")
 
 
 def _check_combination(causal: bool, Sq: int, Sk: int, *, mask, **options) -> None:

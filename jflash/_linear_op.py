@@ -21,13 +21,16 @@ from pallas_kernels.problem import LinearArrays, LinearProblem, LinearResults
 def attend(problem: LinearProblem, backend: str, arrays: LinearArrays) -> LinearResults:
     """out and the final state, differentiable in q, k, v, log_decay, a floating mask and the initial state."""
     if backend == "reference":
-        return backends.get(backend, backends.LINEAR).forward(problem, arrays)._replace(norm=None)
-    return _attend(problem, backend, arrays)
+        results = backends.get(backend, backends.LINEAR).forward(problem, arrays)
+    else:
+        results = _attend(problem, backend, arrays)
+    return results._replace(norm=None)  # it has no cotangent of its own
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(problem: LinearProblem, backend: str, arrays: LinearArrays) -> LinearResults:
-    return _forward(problem, backend, arrays)._replace(norm=None)
+    problem = dataclasses.replace(problem, decay_gradient=False, mask_gradient=False)
+    return _folded(backends.get(backend, backends.LINEAR).forward, problem)((arrays,))
 
 
 @jax.tree_util.register_static
@@ -41,9 +44,9 @@ class _Wanted:
 
 def _attend_fwd(problem: LinearProblem, backend: str, arrays: LinearArrays):
     perturbed, arrays = _transforms.perturbed(arrays), _transforms.values(arrays)
-    results = _forward(problem, backend, arrays)
+    results = _attend(problem, backend, arrays)
     wanted = _Wanted(log_decay=bool(perturbed.log_decay), mask=bool(perturbed.mask))
-    return results._replace(norm=None), (arrays, results.out, results.norm, wanted)
+    return results, (arrays, results.out, results.norm, wanted)
 
 
 def _attend_bwd(problem: LinearProblem, backend: str, residuals, cotangents: LinearResults):
@@ -56,11 +59,6 @@ def _attend_bwd(problem: LinearProblem, backend: str, residuals, cotangents: Lin
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
-
-
-def _forward(problem: LinearProblem, backend: str, arrays: LinearArrays) -> LinearResults:
-    problem = dataclasses.replace(problem, decay_gradient=False, mask_gradient=False)
-    return _folded(backends.get(backend, backends.LINEAR).forward, problem)((arrays,))
 
 
 def _folded(function, problem: LinearProblem):
