@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from interop import _arguments
-from interop.ops import TENSORS, Operands, Options, attention_backward, attention_forward
+from interop.operands import TENSORS, Operands, Options
+from interop.ops import attention_backward, attention_forward
 
 
 def attention(

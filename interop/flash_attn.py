@@ -12,7 +12,7 @@ from torch import Tensor
 
 from interop import _arguments
 from interop.attention import attention
-from interop.ops import Options
+from interop.operands import Options
 
 Attention = Tensor | Any  # (out, lse, None) with return_attn_probs; Any spares other callers a cast
 

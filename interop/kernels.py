@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
 
-from interop.ops import Operands, Options
+from interop.operands import Operands, Options
 from jflash import backends
 from jflash._arguments import bind
 from pallas_kernels.parts import dropout
 from pallas_kernels.problem import AttentionProblem
 
-compiled: list[AttentionProblem] = []  # one for each program that this process has compiled
+_FEW = 16  # queries that are not worth compiling a faster kernel for each number of keys
+_MANY = 16
+programs: collections.Counter = collections.Counter()  # compiled so far, by direction and all but shapes
 
 
 def forward(*arrays, options: Options):
-    """(out, lse) of the `Operands`, by the best backend of their device."""
+    """(out, lse) of the `Operands` and lengths, or None, by the best backend of their device."""
     return _forward(*arrays, options=options, target=backends.target_of(arrays[0]))
 
 
 def backward(*arrays, options: Options, bias_gradient: bool):
     """Gradients of q, k, v, of the bias if asked for, and of sinks if there are any.
 
-    The arrays are d_out, d_lse, out, lse and the `Operands`.
+    The arrays are d_out, d_lse, out, lse, the `Operands` and lengths, or None.
     """
     target = backends.target_of(arrays[0])
     return _backward(*arrays, options=options, target=target, bias_gradient=bias_gradient)
@@ -33,13 +37,15 @@ def backward(*arrays, options: Options, bias_gradient: bool):
 
 @functools.partial(jax.jit, static_argnames=("options", "target"))
 def _forward(*arrays, options: Options, target: str):
-    problem, arrays = _bind(Operands(*arrays), options, target)
+    problem, arrays = _bind(arrays, options, target)
+    _note("forward", problem)
     return backends.get(backends.choose(problem, None)).forward(problem, arrays)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "target", "bias_gradient"))
 def _backward(d_out, d_lse, out, lse, *arrays, options: Options, target: str, bias_gradient: bool):
-    problem, arrays = _bind(Operands(*arrays), options, target)
+    problem, arrays = _bind(arrays, options, target)
+    _note("backward", problem)
     backend = backends.get(backends.choose(problem, None))  # the forward's, as `problem` is the forward's
     assert backend.backward is not None, backend
     problem = dataclasses.replace(problem, bias_gradient=bias_gradient)
@@ -49,8 +55,10 @@ def _backward(d_out, d_lse, out, lse, *arrays, options: Options, target: str, bi
     return [x for x in found if x is not None]
 
 
-def _bind(x, options: Options, target: str):
-    """The problem and its arrays, from `Operands` of arrays."""
+def _bind(arrays, options: Options, target: str):
+    """The problem and its arrays, from the `Operands` and lengths, or None."""
+    *operands, lengths = arrays
+    x = Operands(*operands)
     keys = None if x.dropout_seed is None else _keys(x.dropout_seed)
     segment_ids = None if x.q_segment_ids is None else (x.q_segment_ids, x.kv_segment_ids)
     problem, bound = bind(
@@ -59,12 +67,57 @@ def _bind(x, options: Options, target: str):
         alibi_slopes=_per_head(x.alibi_slopes), segment_ids=segment_ids, dropout_rate=options.dropout_p,
         dropout_key=None if keys is None else keys[0], deterministic=options.deterministic, target=target,
     )  # fmt: skip
-    compiled.append(problem)
+    if lengths is not None:
+        bound = bound._replace(key_ranges=_key_ranges(problem, *lengths))
+        problem = dataclasses.replace(problem, left=None, right=None, key_ranges=True)
     if keys is not None:
         # One key for every batch entry but under torch.vmap, where each example may bring its own.
         seeds = jax.vmap(lambda key: dropout.batch_seeds(key, problem.B // keys.shape[0]))(keys)
         bound = bound._replace(dropout_seeds=seeds.reshape(problem.B, 2))
     return problem, bound
+
+
+def _key_ranges(p: AttentionProblem, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """int32 [1, 3, Sq]: first and last key that each query sees, and its position, if only so many are there.
+
+    A query that is not there sees none, so that tiles of them are skipped.
+    """
+    i = jnp.arange(p.Sq, dtype=jnp.int32)
+    position = i + keys - queries
+    first = jnp.zeros_like(i) if p.left is None else jnp.maximum(position - p.left, 0)
+    last = keys - 1 if p.right is None else jnp.minimum(position + p.right, keys - 1)
+    return jnp.stack([first, jnp.where(i < queries, last, -1), position])[None]
+
+
+def takes_lengths(x: Operands, options: Options) -> bool:
+    """Whether the call on tensors can have lengths known at run time only, and is none the slower for it."""
+    return _takes_lengths(tuple(None if t is None else (tuple(t.shape), str(t.dtype)) for t in x), options)
+
+
+@functools.cache
+def _takes_lengths(shapes, options: Options) -> bool:
+    structs = [None if s is None else jax.ShapeDtypeStruct(s[0], s[1].removeprefix("torch.")) for s in shapes]
+    found = []
+    target = backends.target_of(structs[0])
+    jax.eval_shape(lambda *arrays: found.append(_bind((*arrays, None), options, target)[0]), *structs)
+    problem = found[0]
+    if problem.Sq <= _FEW:
+        return True
+    unknown = dataclasses.replace(problem, left=None, right=None, key_ranges=True)
+    return backends.choose(problem, None) == backends.choose(unknown, None)
+
+
+def _note(direction: str, problem: AttentionProblem) -> None:
+    """Runs once for each program that is compiled; warns when shapes alone make too many."""
+    kind = (direction, dataclasses.replace(problem, B=0, Sq=0, Sk=0, bias_shape=None, mask_shape=None))
+    programs[kind] += 1
+    if programs[kind] == _MANY:
+        warnings.warn(
+            f"jflash has compiled {_MANY} programs for attention {direction}s that differ in their shapes only, the "
+            f"last for B={problem.B}, Sq={problem.Sq}, Sk={problem.Sk}. Each takes seconds: pad batches to a few "
+            "sizes, and sequences to a few lengths",
+            stacklevel=2,
+        )
 
 
 def _per_head(x: jax.Array | None) -> jax.Array | None:

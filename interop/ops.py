@@ -7,42 +7,14 @@ rules, flop formulas. Differentiation is in `interop.attention`.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from interop import bridge
+from interop import bridge, lengths
+from interop.operands import TENSORS, Operands, Options
 
-
-class Operands(NamedTuple):
-    """The tensors of both operators, in their order. B|1: of length 1 where the whole batch shares it."""
-
-    q: Tensor  # [B, Sq, H, D]
-    k: Tensor  # [B, Sk, Hk, D]
-    v: Tensor  # [B, Sk, Hk, Dv]
-    bias: Tensor | None = None  # [B|1, H|1, Sq|1, Sk|1] floating point
-    sinks: Tensor | None = None  # [B|1, H] floating point
-    mask: Tensor | None = None  # [B|1, H|1, Sq|1, Sk|1] bool, True = visible
-    q_segment_ids: Tensor | None = None  # [B, Sq] int32
-    kv_segment_ids: Tensor | None = None  # [B, Sk] int32
-    alibi_slopes: Tensor | None = None  # [B|1, H] float32
-    dropout_seed: Tensor | None = None  # [n, 2] int32: a JAX random key for each B / n entries of the batch
-
-
-class Options(NamedTuple):
-    """Their static arguments, in their order; -1 leaves a side of the window open."""
-
-    scale: float | None = None  # None: D**-0.5
-    left: int = -1
-    right: int = -1  # 0 is causal
-    softcap: float = 0.0  # 0 is off
-    dropout_p: float = 0.0
-    deterministic: bool = False
-
-
-TENSORS = len(Operands._fields)
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? q_segment_ids, "
     "Tensor? kv_segment_ids, Tensor? alibi_slopes, Tensor? dropout_seed, "
@@ -62,11 +34,17 @@ attention_backward = torch.ops.jflash.attention_backward.default
 
 def _forward(*args):
     """out [B, Sq, H, Dv] and lse [B, H, Sq]."""
-    tensors, options = Operands(*args[:TENSORS]), Options(*args[TENSORS:])
-    if _nothing_to_see(tensors):
-        out, lse = _empty_outputs(*tensors)
+    x, options = Operands(*args[:TENSORS]), Options(*args[TENSORS:])
+    if _nothing_to_see(x):
+        out, lse = _empty_outputs(*x)
         return out.zero_(), lse.fill_(float("-inf"))
-    return tuple(bridge.call(kernels().forward, tensors, x64=_x64(tensors.q), options=options))
+    static = {"x64": _x64(x.q), "options": options}
+    if (room := _room("forward", x, options)) is None:
+        return tuple(bridge.call(kernels().forward, (*x, None), **static))
+    operands = (*lengths.pad_operands(x, *room), lengths.present(x))
+    out, lse = bridge.call(kernels().forward, operands, **static)
+    (B, Sq, H, _) = x.q.shape
+    return lengths.cut(out, B, Sq), lengths.cut(lse, B, H, Sq)
 
 
 def _backward(*args):
@@ -75,13 +53,34 @@ def _backward(*args):
     d_lse may be None for zeros.
     """
     *operands, bias_gradient = args
-    cotangents, tensors = operands[:4], Operands(*operands[4 : 4 + TENSORS])
-    if _nothing_to_see(tensors):
-        return tuple(x.zero_() for x in _empty_gradients(tensors, bias_gradient))
-    static = {"options": Options(*operands[4 + TENSORS :]), "bias_gradient": bias_gradient}
-    found = iter(bridge.call(kernels().backward, (*cotangents, *tensors), x64=_x64(tensors.q), **static))
-    wanted = _wanted(tensors, bias_gradient)
-    return tuple(tensors.q.new_empty(0) if x is None else next(found) for x in wanted)
+    rows, x = operands[:4], Operands(*operands[4 : 4 + TENSORS])
+    wanted = _wanted(x, bias_gradient)
+    if _nothing_to_see(x):
+        return tuple(grad.zero_() for grad in _empty_gradients(x, bias_gradient))
+    options = Options(*operands[4 + TENSORS :])
+    static = {"x64": _x64(x.q), "options": options, "bias_gradient": bias_gradient}
+    if (room := _room("backward", x, options)) is None:
+        found = bridge.call(kernels().backward, (*rows, *x, None), **static)
+    else:
+        d_out, d_lse, out, lse = rows
+        rows = [
+            lengths.pad(d_out, 1, room[0]),
+            None if d_lse is None else lengths.pad(d_lse, 2, room[0]),
+            lengths.pad(out, 1, room[0]),
+            lengths.pad(lse, 2, room[0]),
+        ]
+        operands = (*rows, *lengths.pad_operands(x, *room), lengths.present(x))
+        found = bridge.call(kernels().backward, operands, **static)
+        there = (t.shape for t in wanted if t is not None)
+        found = [lengths.cut(grad, *shape) for grad, shape in zip(found, there, strict=True)]
+    grads = iter(found)
+    return tuple(x.q.new_empty(0) if t is None else next(grads) for t in wanted)
+
+
+def _room(direction: str, x: Operands, options: Options) -> tuple[int, int] | None:
+    """The lengths to pad a call to, if the backend that takes it anyway can learn the true ones at run time."""
+    room = lengths.room(direction, x, options)
+    return room if room is None or x.q.device.type == "cpu" or kernels().takes_lengths(x, options) else None
 
 
 @functools.cache

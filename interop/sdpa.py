@@ -6,7 +6,7 @@ from torch import Tensor
 
 from interop import _arguments
 from interop.attention import attention
-from interop.ops import Options
+from interop.operands import Options
 
 
 def scaled_dot_product_attention(

@@ -18,7 +18,7 @@ from transformers import __version__ as installed
 
 from interop.attention import attention
 from interop.masks import Mask, Pattern, mask
-from interop.ops import Options
+from interop.operands import Options
 from interop.sdpa import causal_from_top_left
 
 _registered: set[str] = set()

@@ -57,15 +57,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_same_bits_as_jax(name):
+def test_same_bits_as_jax(name, monkeypatch):
+    monkeypatch.setenv("JFLASH_EXACT_LENGTHS", "1")
     dtype, shape, options = CASES[name]
     tensors = qkv(1, dtype, **shape)
     out, lse, _ = flash_attn_func(*tensors, **options, return_attn_probs=True)
     weights = [torch.randn_like(out), torch.randn_like(lse)]
     ours = [out, lse, *torch.autograd.grad([out, lse], tensors, weights)]
-    outputs, pull = jax.vjp(
-        lambda *a: jflash.flash_attention(*a, **options, return_lse=True), *map(to_jax, tensors)
-    )
+    outputs, pull = jax.vjp(lambda *a: jflash.flash_attention(*a, **options, return_lse=True), *map(to_jax, tensors))
     for x, y, what in zip(
         ours, (*outputs, *pull(tuple(map(to_jax, weights)))), ("out", "lse", "dq", "dk", "dv"), strict=True
     ):
@@ -96,7 +95,8 @@ def test_matches_torch(D, causal):
         assert_close(name, *(x.detach().double().cpu().numpy() for x in arrays), jnp.bfloat16)
 
 
-def test_dropout_draws_on_the_device():
+def test_dropout_draws_on_the_device(monkeypatch):
+    monkeypatch.setenv("JFLASH_EXACT_LENGTHS", "1")
     tensors = qkv(3, grad=False)
     cpu_state = torch.get_rng_state()
     torch.cuda.manual_seed(4)
@@ -289,3 +289,22 @@ def test_second_gpu():
     assert found.device == torch.device("cuda", 1)
     assert torch.cuda.current_device() == 0
     assert torch.equal(found.to(CUDA), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_changing_lengths_do_not_wait(dtype):
+    """Lengths go to the device with the call: decoding against a growing cache never waits for the GPU."""
+    q, k, v = qkv(17, dtype, Sq=1, Sk=300, grad=False)
+    expected = [flash_attn_func(q, k[:, :n], v[:, :n]) for n in (70, 80, 90)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [flash_attn_func(q, k[:, :n], v[:, :n]) for n in (70, 80, 90)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+    reference = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2).float() for x in (q, k[:, :80], v[:, :80])), enable_gqa=True
+    )
+    torch.testing.assert_close(found[1].transpose(1, 2).float(), reference, atol=2e-2, rtol=2e-2)

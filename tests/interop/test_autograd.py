@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from interop import flash_attn_func, ops, scaled_dot_product_attention
 from interop.attention import attention
+from interop.operands import Operands, Options
 from tests.interop.cases import Recorded, by_definition, gradients, qkv
 
 
@@ -43,7 +44,7 @@ def test_gradcheck_of_a_bias():
 def test_gradcheck_of_sinks():
     q, k, v = small()
     sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    f = lambda q, k, v, s: attention(q, k, v, ops.Options(right=0), sinks=s)  # noqa: E731
+    f = lambda q, k, v, s: attention(q, k, v, Options(right=0), sinks=s)  # noqa: E731
     assert torch.autograd.gradcheck(f, (q, k, v, sinks), check_batched_grad=True)
 
 
@@ -124,7 +125,7 @@ def test_vmap_of_sinks_and_segments(mapped):
     ids = torch.randint(2, (3, 2, 8))
 
     def loss(sinks, q, k, v, ids):
-        out, lse = attention(q, k, v, ops.Options(right=0), segment_ids=(ids, ids), sinks=sinks)
+        out, lse = attention(q, k, v, Options(right=0), segment_ids=(ids, ids), sinks=sinks)
         return out.square().sum() + lse.sin().sum()
 
     grad = torch.func.grad(loss, argnums=(0, 1))
@@ -160,7 +161,7 @@ def test_vmap_of_dropout_draws_as_told():
     words = torch.randint(-(2**31), 2**31, (3, 1, 2), dtype=torch.int32)
 
     def with_key(q, k, v, words):
-        return ops.attention_forward(*ops.Operands(q, k, v, dropout_seed=words), *ops.Options(dropout_p=0.5))[0]
+        return ops.attention_forward(*Operands(q, k, v, dropout_seed=words), *Options(dropout_p=0.5))[0]
 
     together = torch.vmap(with_key)(q, k, v, words)
     for i in range(3):  # each example is what its own key gives alone

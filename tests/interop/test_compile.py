@@ -7,6 +7,7 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from interop import flash_attn_func, ops, scaled_dot_product_attention
+from interop.operands import Operands, Options
 from tests.interop.cases import dropout_key, gradients, qkv
 
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
@@ -23,9 +24,9 @@ def closes(found, expected) -> None:
 
 
 OPERANDS = {
-    "plain": lambda q, k, v: ops.Operands(q, k, v),
-    "strided": lambda q, k, v: ops.Operands(q.transpose(0, 1).contiguous().transpose(0, 1), k, v),
-    "all": lambda q, k, v: ops.Operands(
+    "plain": lambda q, k, v: Operands(q, k, v),
+    "strided": lambda q, k, v: Operands(q.transpose(0, 1).contiguous().transpose(0, 1), k, v),
+    "all": lambda q, k, v: Operands(
         q,
         k,
         v,
@@ -42,9 +43,9 @@ OPERANDS = {
 
 @pytest.mark.parametrize("name", OPERANDS)
 def test_opcheck(name):
-    options = ops.Options()
+    options = Options()
     if name == "all":
-        options = ops.Options(scale=0.4, left=9, right=0, softcap=3.0, dropout_p=0.3)
+        options = Options(scale=0.4, left=9, right=0, softcap=3.0, dropout_p=0.3)
     operands = OPERANDS[name](*qkv(0, grad=False))
     args = (*operands, *options)
     torch.library.opcheck(ops.attention_forward, args)

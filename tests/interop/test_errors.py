@@ -12,7 +12,7 @@ from interop import (
     scaled_dot_product_attention,
 )
 from interop.attention import attention
-from interop.ops import Options
+from interop.operands import Options
 
 Q, K = torch.zeros(2, 5, 4, 8), torch.zeros(2, 7, 2, 8)
 

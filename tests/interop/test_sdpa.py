@@ -86,7 +86,7 @@ def test_half_precision_takes_a_float32_mask():
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
 
 
-def test_same_bits_as_jax():
+def test_same_bits_as_jax(exact_lengths):
     """With a mask that is a bias, its gradient, and dropout."""
     tensors = qkv(5, Hk=4)
     bias = torch.randn(1, 4, 21, 21, requires_grad=True)

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward  # n
 
 from interop import flash_attn_func  # noqa: E402
 from interop.masks import Mask, Pattern, mask  # noqa: E402
-from interop.ops import Operands, Options  # noqa: E402
+from interop.operands import Operands, Options  # noqa: E402
 from interop.transformers import attend, register  # noqa: E402
 from tests.interop.cases import assert_follows, gradients, qkv  # noqa: E402
 

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from interop import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 from interop.attention import attention
-from interop.ops import Options
+from interop.operands import Options
 from tests.interop.cases import (
     Recorded,
     assert_follows,
@@ -43,7 +43,7 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_same_bits_as_jax(name):
+def test_same_bits_as_jax(name, exact_lengths):
     dtype, shape, options, jax_options = SAME[name]
     tensors = qkv(1, dtype, **shape)
     out, lse, _ = flash_attn_func(*tensors, **options, return_attn_probs=True)
@@ -103,7 +103,7 @@ def test_matches_definition(name, lengths):
     assert_follows(NAMES, results((out, lse), tensors), low, results(expected, wide), torch.float32)
 
 
-def test_dropout_is_jax_dropout_with_the_drawn_key():
+def test_dropout_is_jax_dropout_with_the_drawn_key(exact_lengths):
     tensors = qkv(6)
     key = dropout_key(7)
     out, lse, _ = flash_attn_func(*tensors, dropout_p=0.3, return_attn_probs=True)
@@ -124,7 +124,7 @@ def test_dropout_follows_torch_seed():
     assert torch.equal(torch.get_rng_state(), state), "drew a seed without dropout"
 
 
-def test_operands_that_flash_attn_lacks():
+def test_operands_that_flash_attn_lacks(exact_lengths):
     """A mask, a bias, segments and sinks in one call, with the gradients of the bias and the sinks."""
     tensors = qkv(13, Sq=17, Sk=29)
     g = torch.Generator().manual_seed(14)
