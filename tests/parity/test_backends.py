@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jflash import explain, flash_attention, why_not
+from jflash import backends, explain, flash_attention, why_not
+from pallas_kernels.problem import AttentionProblem
 
 KEY = jax.random.key(0)
 B, S, H = 2, 256, 4
@@ -27,39 +28,47 @@ def test_hopper_takes(direction, arrays, options):
     assert hopper(direction, arrays, **options) is None
 
 
-REASONS = {
+WRONG = {
     "target=cpu must be sm_90, an NVIDIA Hopper GPU": {"target": "cpu"},
     "target=sm_80 must be sm_90, an NVIDIA Hopper GPU": {"target": "sm_80"},
     "target=sm_100 must be sm_90, an NVIDIA Hopper GPU": {"target": "sm_100"},
     "dtype=float32 must be bfloat16 or float16": {"arrays": qkv(jnp.float32)},
     "dtype=float64 must be bfloat16 or float16": {"arrays": qkv(jnp.float64)},
-    "head_dim=256 must be <= 128": {"arrays": qkv(D=256)},
-    "head_dim=64 and value head_dim=128 must pad to one multiple of 64": {"arrays": qkv(D=64, Dv=128)},
-    "softcap=30.0 is not in the kernels": {"softcap": 30},
-    "bias is not in the kernels": {"bias": jnp.ones((S, S))},
-    "mask is not in the kernels": {"mask": jnp.ones((S, S), bool)},
-    "segment_ids are not in the kernels": {"segment_ids": jnp.ones((B, S), int)},
-    "alibi_slopes are not in the kernels": {"alibi_slopes": jnp.ones(H)},
-    "dropout_rate=0.1 is not in the kernels": {"dropout_rate": 0.1, "dropout_key": KEY},
-    "scale=-1.0 must be > 0": {"scale": -1},
+}
+FEATURES = {
+    "head_dim=256": {"arrays": qkv(D=256)},
+    "head_dim=72": {"arrays": qkv(D=72)},
+    "value head_dim=64": {"arrays": qkv(D=128, Dv=64)},
+    "softcap": {"softcap": 30},
+    "bias": {"bias": jnp.ones((S, S))},
+    "mask": {"mask": jnp.ones((S, S), bool)},
+    "segment_ids": {"segment_ids": jnp.ones((B, S), int)},
+    "alibi_slopes": {"alibi_slopes": jnp.ones(H)},
+    "sinks": {"sinks": jnp.ones(H)},
+    "dropout_rate=0.1": {"dropout_rate": 0.1, "dropout_key": KEY},
+    "scale=-1.0": {"scale": -1},
+    "deterministic=True": {"deterministic": True},
 }
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("reason", REASONS)
-def test_hopper_says_why_not(reason, direction):
-    assert hopper(direction, **REASONS[reason]) == reason
+@pytest.mark.parametrize("reason", WRONG)
+def test_where_hopper_never_runs(reason, direction):
+    assert hopper(direction, **WRONG[reason]) == reason
 
 
-def test_a_backend_may_take_one_direction_alone():
-    assert hopper("forward", deterministic=True) is None
-    assert hopper("backward", deterministic=True) == "deterministic=True: dQ is summed in no fixed order"
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", FEATURES)
+def test_hopper_takes_a_feature_or_names_it(name, direction):
+    """Whichever is true today; tests/gpu holds it to what it takes."""
+    reason = hopper(direction, **FEATURES[name])
+    assert reason is None or name in reason
 
 
 @pytest.mark.parametrize("name", ["xla", "reference"])
-@pytest.mark.parametrize("reason", REASONS)
-def test_the_others_take_everything(name, reason):
-    options = {"target": "sm_90", "arrays": qkv()} | REASONS[reason]
+@pytest.mark.parametrize("feature", [*WRONG, *FEATURES])
+def test_the_others_take_everything(name, feature):
+    options = {"target": "sm_90", "arrays": qkv()} | (WRONG | FEATURES)[feature]
     arrays = options.pop("arrays")
     for direction in ("forward", "backward"):
         assert why_not(*arrays, implementation=name, direction=direction, **options) is None
@@ -68,8 +77,7 @@ def test_the_others_take_everything(name, reason):
 CAN, USED = "can, but a faster backend is used", "used"
 
 
-def table(hopper: tuple[str, str], xla: str) -> str:
-    verdicts = {"hopper": hopper, "xla": (xla, xla), "reference": (CAN, CAN)}
+def table(**verdicts: tuple[str, str]) -> str:
     return "\n".join(
         f"{name:<10} {direction:<9} {verdict}"
         for name, pair in verdicts.items()
@@ -77,25 +85,43 @@ def table(hopper: tuple[str, str], xla: str) -> str:
     )
 
 
+def backend(name, forward=None, backward=None):
+    """One that cannot do a direction for the reason given."""
+    reasons = {"forward": forward, "backward": backward}
+    return backends.Backend(name, lambda problem, direction: reasons[direction], print, print)
+
+
+@pytest.mark.parametrize(
+    ("first", "chosen", "verdicts"),
+    [
+        (backend("first"), "first", (USED, USED)),
+        (backend("first", "too wide", "too wide"), "second", ("no: too wide", "no: too wide")),
+        (backend("first", forward="too wide"), "second", ("no: too wide", "can, but only backward")),
+        (backend("first", backward="too wide"), "second", ("can, but only forward", "no: too wide")),
+    ],
+    ids=["both", "none", "backward", "forward"],
+)
+def test_the_first_that_can_do_both_directions_is_used(first, chosen, verdicts):
+    """A missing backward rules out the forward too: it would surface in the middle of a training run."""
+    among, problem = (first, backend("second")), AttentionProblem("cpu", "float32", 1, 1, 1, 8, 8, 8, 8, 1.0)
+    assert backends.choose(problem, None, among) == chosen
+    second = CAN if chosen == "first" else USED
+    assert backends.explain(problem, among) == table(first=verdicts, second=(second, second))
+    if chosen == "second":
+        with pytest.raises(NotImplementedError, match=r"^implementation='first' cannot take this call: too wide$"):
+            backends.choose(problem, "first", among)
+
+
 def test_explain_where_hopper_is_used():
-    assert explain(*qkv(), target="sm_90", causal=True) == table((USED, USED), CAN)
-
-
-def test_explain_where_it_is_not():
-    no = "no: softcap=30.0 is not in the kernels"
-    assert explain(*qkv(), target="sm_90", softcap=30) == table((no, no), USED)
-
-
-def test_an_unsupported_backward_rules_out_the_forward():
-    no = "no: deterministic=True: dQ is summed in no fixed order"
-    assert explain(*qkv(), target="sm_90", deterministic=True) == table(("can, but only forward", no), USED)
+    found = explain(*qkv(), target="sm_90", causal=True)
+    assert found == table(hopper=(USED, USED), xla=(CAN, CAN), reference=(CAN, CAN))
 
 
 def test_explain_here():
     """Without a target it is where the arrays are; the options may be those of the call."""
     no = "no: target=cpu must be sm_90, an NVIDIA Hopper GPU"
     x = jnp.ones((B, S, H, 64))
-    assert explain(x, x, x, return_lse=True) == table((no, no), USED)
+    assert explain(x, x, x, return_lse=True) == table(hopper=(no, no), xla=(USED, USED), reference=(CAN, CAN))
     assert why_not(x, x, x, implementation="hopper", return_lse=True) == no.removeprefix("no: ")
 
 
