@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +73,8 @@ def bind(
         mask=mask,
         q_segment_ids=q_ids,
         kv_segment_ids=kv_ids,
-        alibi_slopes=None if alibi_slopes is None else _per_head("alibi_slopes", alibi_slopes, B, H),
-        sinks=None if sinks is None else _per_head("sinks", sinks, B, H),
+        alibi_slopes=None if alibi_slopes is None else per_head("alibi_slopes", alibi_slopes, B, H),
+        sinks=None if sinks is None else per_head("sinks", sinks, B, H),
         dropout_seeds=_seeds(dropout_key, B) if rate else None,
     )
 
@@ -86,6 +87,12 @@ def array(name: str, x):
         return jnp.asarray(x)
     hint = "; for torch tensors use the functions of `interop`" if type(x).__module__ == "torch" else ""
     raise TypeError(f"{name} must be a jax or numpy array, got {type(x).__module__}.{type(x).__qualname__}{hint}")
+
+
+def known(name: str, x) -> Any:
+    """x as a numpy array where its values are known, also under jit; a tracer as it is."""
+    x = x if isinstance(x, np.ndarray) else array(name, x)
+    return x if isinstance(x, Tracer) else np.asarray(x)
 
 
 def check_qkv(q, k, v) -> None:
@@ -198,7 +205,7 @@ def _segments(ids, B: int, Sq: int, Sk: int):
     return tuple(found)
 
 
-def _per_head(name: str, x, B: int, H: int):
+def per_head(name: str, x, B: int, H: int):
     """[H] or [B, H] -> [1 or B, H]."""
     x = array(name, x)
     if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -55,6 +55,17 @@ def _no_second_derivative(backend, primals, tangents):
     )
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def forward_only(name: str, operands) -> Any:
+    """The operands themselves; differentiating them raises."""
+    return operands
+
+
+@forward_only.defjvp
+def _no_derivative(name, primals, tangents):
+    raise NotImplementedError(f"{name} has no gradient: a cache is for inference; train with flash_attention")
+
+
 def perturbed(primals) -> Any:
     """Which leaves somebody differentiates, of a custom_vjp's arguments under symbolic_zeros."""
     return jax.tree.map(lambda x: x.perturbed, primals, is_leaf=_is_primal)

@@ -14,6 +14,7 @@ import jax
 from jax.core import Tracer
 
 from jflash import l1_reference, linear_reference, reference, xla
+from jflash.xla import decode
 from jflash.xla import l1 as xla_l1
 from jflash.xla import linear as xla_linear
 from pallas_kernels import hopper
@@ -56,6 +57,11 @@ LINEAR = (
 L1 = (
     Backend("xla", _always, xla_l1.forward, xla_l1.backward),
     Backend("reference", _always, l1_reference.l1_attention, None),
+)
+
+CACHE = (  # softmax attention on a cache: forward only
+    Backend("xla", _always, decode.forward, None),
+    Backend("reference", _always, reference.attention_on_cache, None),
 )
 
 

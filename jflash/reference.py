@@ -14,12 +14,22 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.parts import dropout
-from pallas_kernels.problem import AttentionArrays, AttentionProblem
+from pallas_kernels.problem import AttentionArrays, AttentionProblem, CacheArrays
 
 
 def attention(problem: AttentionProblem, arrays: AttentionArrays) -> tuple[jax.Array, jax.Array]:
     """Returns out [B, Sq, H, Dv] in the input dtype and the natural-log lse [B, H, Sq] in float32 or wider."""
     return softmax(problem, arrays, _scores(problem, arrays))
+
+
+def attention_on_cache(p: AttentionProblem, a: CacheArrays) -> tuple[jax.Array, jax.Array]:
+    """`attention` on the keys and values that a cache holds for each batch entry."""
+    arrays = AttentionArrays(a.q, a.k, a.v, key_ranges=a.key_ranges, alibi_slopes=a.alibi_slopes, sinks=a.sinks)
+    if a.pages is not None:
+        whole = lambda x: x.at[a.pages].get(mode="clip").reshape(p.B, p.Sk, *x.shape[2:])  # noqa: E731
+        arrays = arrays._replace(k=whole(a.k), v=whole(a.v))
+    used = visible(p, arrays).any(axis=(1, 2))[:, :, None, None]
+    return attention(p, arrays._replace(v=jnp.where(used, arrays.v, 0)))
 
 
 def softmax(p: AttentionProblem, a: AttentionArrays, scores: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,77 @@
+"""Key ranges: the first and the last key that each query sees, and where it stands among the keys.
+
+One form for all that makes queries of one call see different keys: packed sequences, caches, left padding.
+"""
+
+from __future__ import annotations
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jflash._arguments import known
+from pallas_kernels.problem import AttentionProblem
+
+
+def limited(p: AttentionProblem, position: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array:
+    """[N, 3, S] for queries at `position` [N, S] whose sequence is the keys [first, end), within p's window."""
+    position, first, last = jnp.broadcast_arrays(position, first, end - 1)
+    if p.left is not None:
+        first = jnp.maximum(first, position - p.left)
+    if p.right is not None:
+        last = jnp.minimum(last, position + p.right)
+    return jnp.stack([first, last, position], axis=1).astype(jnp.int32)
+
+
+def packed(p: AttentionProblem, cu_seqlens_q: jax.Array, cu_seqlens_k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[1, 3, Sq] of packed sequences, and the sequence [Sq] of each query; each stands at the end of its keys."""
+    row = jnp.arange(p.Sq, dtype=jnp.int32)
+    sequence = sequence_of(row, cu_seqlens_q)
+    _, q_end = _ends(cu_seqlens_q, sequence)
+    k_start, k_end = _ends(cu_seqlens_k, sequence)
+    k_end = jnp.where(row < cu_seqlens_q[-1], k_end, k_start)  # behind the last sequence: no key
+    return limited(p, (row + k_end - q_end)[None], k_start[None], k_end[None]), sequence
+
+
+def sequence_of(token: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
+    """The sequence of each packed token; of one behind the last sequence, the last."""
+    sequence = jnp.searchsorted(cu_seqlens, token, side="right") - 1
+    return jnp.clip(sequence, 0, max(cu_seqlens.shape[0] - 2, 0)).astype(jnp.int32)
+
+
+def _ends(cu_seqlens: jax.Array, sequence: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return cu_seqlens[sequence], cu_seqlens.at[sequence + 1].get(mode="clip")
+
+
+def check_cu_seqlens(name: str, x, tokens: int, longest=None) -> jax.Array:
+    """int32 [N + 1]: where each of N packed sequences starts, then where the last ends, at `tokens` or before.
+
+    `longest`, if given, must be no less than any length. Values are checked where they are known.
+    """
+    x = known(name, x)
+    if x.dtype.name not in ("int32", "int64"):
+        raise TypeError(f"{name}.dtype={x.dtype.name} must be int32 or int64")
+    if x.ndim != 1 or x.shape[0] == 0:
+        raise ValueError(f"{name}.shape={x.shape} must be [N + 1] for N sequences")
+    longest = _longest(name, longest)
+    if not isinstance(x, Tracer):
+        lengths = np.diff(x)
+        if x[0] != 0 or (lengths < 0).any() or x[-1] > tokens:
+            raise ValueError(f"{name}={x.tolist()} must start at 0, never fall, and end at {tokens} or before")
+        found = lengths.max(initial=0)
+        if longest is not None and found > longest:
+            raise ValueError(f"max_seqlen={longest} must be >= {found}, the longest of {name}={x.tolist()}")
+    return jnp.asarray(x, jnp.int32)
+
+
+def _longest(name: str, x) -> int | None:
+    if x is None or isinstance(x, Tracer):
+        return None
+    if isinstance(x, (jax.Array, np.ndarray)) and x.ndim == 0:
+        x = x.item()
+    if isinstance(x, bool) or not isinstance(x, numbers.Integral):
+        raise TypeError(f"max_seqlen={x!r} of {name} must be an integer")
+    return int(x)

@@ -1,0 +1,5 @@
+"""The small tiles of tests/parity."""
+
+from tests.parity.conftest import small_tiles
+
+__all__ = ["small_tiles"]
