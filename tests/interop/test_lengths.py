@@ -12,6 +12,7 @@ from interop.attention import attention
 from interop.operands import Operands, Options
 from tests.interop.cases import Recorded, by_jax, dropout_key, gradients, qkv
 
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
 NAMES = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")
 
 
@@ -69,7 +70,7 @@ def everything(Sq, Sk, seed=3, dtype=torch.float32):
 
 def attend(tensors, mask, ids, options):
     q, k, v, bias, sinks = tensors
-    outputs = attention(q, k, v, options, bias=bias, sinks=sinks, attn_mask=mask, segment_ids=ids)
+    outputs = attention(q, k, v, options, bias=bias, sinks=sinks, attn_mask=mask, segment_ids=ids, alibi_slopes=SLOPES)
     return [*outputs, *gradients(outputs, tensors)]
 
 
@@ -94,7 +95,7 @@ def test_padding_moves_nothing(Sq, Sk, options):
     expected = by_jax(
         tensors, ["bias", "sinks"], mask=mask.numpy(), segment_ids=[x.int().numpy() for x in ids],
         window=(options.left, options.right), softcap=options.softcap or None,
-        dropout_rate=options.dropout_p, dropout_key=key if options.dropout_p else None,
+        dropout_rate=options.dropout_p, dropout_key=key if options.dropout_p else None, alibi_slopes=SLOPES.numpy(),
     )  # fmt: skip
     for name, x, y in zip(NAMES, ours, expected, strict=True):
         assert x.is_contiguous(), name
