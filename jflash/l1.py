@@ -311,8 +311,9 @@ def _turned_round(p: L1Problem, a: AttentionArrays, lse: jax.Array, vb: jax.Arra
 @functools.partial(jax.jit, static_argnums=0)
 def _scores(p: L1Problem, a: AttentionArrays) -> jax.Array:
     """[B, H, Sq, Sk]."""
-    q = jnp.moveaxis(a.q, 1, 2)
-    k = jnp.moveaxis(a.k, 1, 2)
+    if 0 in (p.B, p.Sq, p.Sk):
+        return jnp.zeros((p.B, p.H, p.Sq, p.Sk), jnp.promote_types(a.q.dtype, jnp.float32))
+    q, k = jnp.moveaxis(a.q, 1, 2), jnp.moveaxis(a.k, 1, 2)
     d = pairwise(q.reshape(p.B * p.Hk, p.group * p.Sq, p.D), k.reshape(p.B * p.Hk, p.Sk, p.D))
     d = d.reshape(p.B, p.H, p.Sq, p.Sk)
     return scores_of_distances(p, d, q[:, :, :, None], jnp.repeat(k, p.group, axis=1)[:, :, None])

@@ -48,7 +48,7 @@ pairwise.defvjp(_forward, _backward)
 def _blocks(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[N, I, ...] -> blocks of rows [N blocks, rows, ...], zeros at the end, and the n of each."""
     N, I, _ = x.shape
-    rows = max(1, min(_BLOCK, I))
+    rows = min(_BLOCK, I)
     count = -(-I // rows)
     x = jnp.pad(x, ((0, 0), (0, count * rows - I), (0, 0)))
     return x.reshape(N * count, rows, -1), jnp.repeat(jnp.arange(N), count)
