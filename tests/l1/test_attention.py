@@ -15,14 +15,12 @@ pytestmark = pytest.mark.usefixtures("small_tiles")
 
 SHAPES = {
     "ragged": dict(Sq=50, Sk=77),
-    "fewer keys": dict(Sq=77, Sk=45, H=3),
     "one query": dict(Sq=1, Sk=70, H=4, Hk=2),
     "one key": dict(Sq=70, Sk=1),
     "grouped": dict(B=2, Sq=45, Sk=70, H=6, Hk=3, D=24, Dv=16),
     "multi-query": dict(B=3, Sq=40, H=4, Hk=1, D=37, Dv=80),
     "head dim 256": dict(Sq=40, D=256, Dv=1),
     "head dim 1": dict(Sq=40, D=1, Dv=256),
-    "head dim 8": dict(Sq=64, D=8),
 }
 MASKS = {"full": {}, "causal": dict(causal=True), "window": dict(window=(20, 9))}
 B, SQ, SK, H = 2, 45, 64, 4  # without a mask, keys in whole tiles compile faster

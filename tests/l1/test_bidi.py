@@ -12,7 +12,6 @@ pytestmark = pytest.mark.usefixtures("small_tiles")
 
 B, S, H = 2, 64, 4
 CASES = {
-    "plain": {},
     "reciprocal": dict(kind="reciprocal", eps=0.05, scale=0.2, sink=0.5),
     "window": dict(window=(9, 4), exclude_diagonal=True),
     "mask": dict(mask=jnp.asarray(np.random.default_rng(0).uniform(size=(B, 1, S, S)) < 0.6)),
