@@ -205,12 +205,3 @@ def test_errors(name):
     changed, error, message = ERRORS[name]
     with pytest.raises(error, match=message):
         flash_attention_varlen(**{**packed(16, Tq=10), **GOOD, **changed})
-
-
-def test_the_kernels_say_that_they_have_no_key_ranges(monkeypatch):
-    from jflash import backends
-
-    monkeypatch.setattr(backends, "target_of", lambda x: "sm_90")
-    arrays = packed(17, jnp.bfloat16, Tq=10, D=64)
-    with pytest.raises(NotImplementedError, match="key_ranges"):
-        flash_attention_varlen(**arrays, **GOOD, implementation="hopper")
