@@ -7,6 +7,7 @@ import numbers
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
@@ -53,8 +54,10 @@ def _check_device(name: str, x: Tensor, q: Tensor) -> None:
 
 
 def slopes(x: Tensor, q: Tensor) -> Tensor:
-    """alibi_slopes [H] or [B, H] -> [1, H] or [B, H]."""
-    x = _per_head("alibi_slopes", x, q)
+    """alibi_slopes [H] or [B, H] -> [1, H] or [B, H]; one for each query, [B, H, Sq], stays."""
+    _check_tensor("alibi_slopes", x)
+    B, Sq, H, _ = q.shape
+    x = x if _list(x) == [B, H, Sq] else _per_head("alibi_slopes", x, q)
     if x.dtype != torch.float32:
         raise TypeError(f"alibi_slopes.dtype={x.dtype} must be torch.float32")
     if x.requires_grad:
@@ -106,6 +109,33 @@ def square(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
         raise ValueError(f"{name}.shape={_list(x)} must broadcast to [B, H, Sq, Sk]={full}")
     _check_device(name, x, q)
     return x.reshape([1] * lead + _list(x))
+
+
+def cu_seqlens(name: str, x: Tensor, like: Tensor, longest: int | None) -> Tensor:
+    """[N + 1] integers, rising from 0 to the tokens of `like` [T, ...] or less. Read where that waits for no GPU."""
+    _check_tensor(name, x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}.dtype={x.dtype} must be torch.int32 or torch.int64")
+    if x.dim() != 1 or x.shape[0] < 1:
+        raise ValueError(f"{name}.shape={_list(x)} must be [N + 1] for N sequences")
+    _check_device(name, x, like)
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, numbers.Integral)):
+        raise TypeError(f"max_seqlen={longest!r} of {name} must be an integer")
+    if values_are_known(x):
+        lengths, tokens = x.diff(), like.shape[0]
+        if x[0] != 0 or (lengths < 0).any() or x[-1] > tokens:
+            raise ValueError(f"{name}={x.tolist()} must start at 0, never fall, and end at {tokens} or before")
+        if longest is not None and lengths.numel() and longest < lengths.max():
+            raise ValueError(
+                f"max_seqlen={longest} must be >= {int(lengths.max())}, the longest of {name}={x.tolist()}"
+            )
+    return x
+
+
+def values_are_known(x: Tensor) -> bool:
+    """Whether x can be read now, without waiting for a GPU and without tracing."""
+    plain = not isinstance(x, FakeTensor) and not torch._C._are_functorch_transforms_active()
+    return x.device.type == "cpu" and plain and not torch.compiler.is_compiling()
 
 
 def number(name: str, x) -> float:

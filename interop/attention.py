@@ -21,16 +21,18 @@ def attention(
     segment_ids: tuple[Tensor, Tensor] | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of `jflash::attention_forward`, differentiable in all but alibi_slopes.
 
     attn_mask is bool, True = visible, or floating and added; bias is added too. Both broadcast to
     [B, H, Sq, Sk]. segment_ids are integers for the queries [B, Sq] and for the keys [B, Sk]; sinks and
-    alibi_slopes are [H] or [B, H].
+    alibi_slopes are [H] or [B, H]. cu_seqlens int32 [1, 2, N + 1] says where packed sequences start; alibi_slopes
+    may then be [1, H, Sq].
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         _arguments.check_axes(name, x, "[batch, seq, heads, dim]")
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     _arguments.check_qkv(q, k, v)
     mask = None
     if attn_mask is not None:
@@ -51,14 +53,15 @@ def attention(
         q_segment_ids=q_ids,
         kv_segment_ids=kv_ids,
         alibi_slopes=None if alibi_slopes is None else _arguments.slopes(alibi_slopes, q),
-        dropout_seed=_draw_seed(q.device) if options.dropout_p else None,
+        dropout_seed=draw_seed(q.device) if options.dropout_p else None,
+        cu_seqlens=cu_seqlens,
     )
     if torch.are_deterministic_algorithms_enabled():
         options = options._replace(deterministic=True)
     return _function().apply(*operands, *options)
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
     """Under torch.autocast, the tensors in its dtype, as torch's own attention takes them."""
     kind = tensors[0].device.type
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
@@ -67,7 +70,7 @@ def _autocast(*tensors: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
     return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
-def _draw_seed(device: torch.device) -> Tensor:
+def draw_seed(device: torch.device) -> Tensor:
     """A JAX random key, int32 [1, 2], from torch's default generator of the device, drawn on the device."""
     return torch.randint(-(2**31), 2**31, (1, 2), dtype=torch.int32, device=device)
 

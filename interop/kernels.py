@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from interop.operands import Operands, Options
 from jflash import backends
 from jflash._arguments import bind
+from jflash._key_ranges import packed
+from jflash.kv_cache import flash_attention_with_kvcache
 from pallas_kernels.parts import dropout
 from pallas_kernels.problem import AttentionProblem
 
@@ -55,6 +57,17 @@ def _backward(d_out, d_lse, out, lse, *arrays, options: Options, target: str, bi
     return [x for x in found if x is not None]
 
 
+@functools.partial(jax.jit, static_argnames="options")
+def with_cache(q, k_cache, v_cache, seqlens, leftpad, pages, alibi_slopes, *, options: Options):
+    """(out, lse) of queries on a cache that has their keys already; `pages` are rows of the cache [B, n]."""
+    out, _, _, lse = flash_attention_with_kvcache(
+        q, k_cache, v_cache, cache_seqlens=seqlens, cache_leftpad=leftpad, block_table=pages, scale=options.scale,
+        window=(options.left, options.right), softcap=options.softcap or None, alibi_slopes=_per_head(alibi_slopes),
+        return_lse=True,
+    )  # fmt: skip
+    return out, lse
+
+
 def _bind(arrays, options: Options, target: str):
     """The problem and its arrays, from the `Operands` and lengths, or None."""
     *operands, lengths = arrays
@@ -64,10 +77,17 @@ def _bind(arrays, options: Options, target: str):
     problem, bound = bind(
         x.q, x.k, x.v, scale=options.scale, window=(options.left, options.right),
         softcap=options.softcap or None, bias=x.bias, mask=x.mask, sinks=_per_head(x.sinks),
-        alibi_slopes=_per_head(x.alibi_slopes), segment_ids=segment_ids, dropout_rate=options.dropout_p,
+        alibi_slopes=None if x.cu_seqlens is not None else _per_head(x.alibi_slopes),
+        segment_ids=segment_ids, dropout_rate=options.dropout_p,
         dropout_key=None if keys is None else keys[0], deterministic=options.deterministic, target=target,
     )  # fmt: skip
-    if lengths is not None:
+    if x.cu_seqlens is not None:  # which leave out what the lengths do
+        cu_seqlens_q, cu_seqlens_k = jnp.unstack(x.cu_seqlens, axis=1)
+        ranges, _ = jax.vmap(functools.partial(packed, problem))(cu_seqlens_q, cu_seqlens_k)
+        bound = bound._replace(key_ranges=ranges[:, 0], alibi_slopes=x.alibi_slopes)
+        alibi = x.alibi_slopes is not None
+        problem = dataclasses.replace(problem, left=None, right=None, key_ranges=True, alibi=alibi)
+    elif lengths is not None:
         bound = bound._replace(key_ranges=_key_ranges(problem, *lengths))
         problem = dataclasses.replace(problem, left=None, right=None, key_ranges=True)
     if keys is not None:

@@ -43,6 +43,9 @@ def pad_operands(x: Operands, Sq: int, Sk: int) -> Operands:
         bias=_pad_square(x.bias, Sq, Sk),
         mask=_pad_square(x.mask, Sq, Sk),
         q_segment_ids=None if x.q_segment_ids is None else pad(x.q_segment_ids, 1, Sq),
+        alibi_slopes=x.alibi_slopes
+        if x.alibi_slopes is None or x.alibi_slopes.dim() == 2
+        else pad(x.alibi_slopes, 2, Sq),
         kv_segment_ids=None if x.kv_segment_ids is None else pad(x.kv_segment_ids, 1, Sk),
     )
 

@@ -18,8 +18,9 @@ class Operands(NamedTuple):
     mask: Tensor | None = None  # [B|1, H|1, Sq|1, Sk|1] bool, True = visible
     q_segment_ids: Tensor | None = None  # [B, Sq] int32
     kv_segment_ids: Tensor | None = None  # [B, Sk] int32
-    alibi_slopes: Tensor | None = None  # [B|1, H] float32
+    alibi_slopes: Tensor | None = None  # [B|1, H] float32, or [B|1, H, Sq] with cu_seqlens
     dropout_seed: Tensor | None = None  # [n, 2] int32: a JAX random key for each B / n entries of the batch
+    cu_seqlens: Tensor | None = None  # [B|1, 2, N + 1] int32: where packed queries and keys start, then end
 
 
 class Options(NamedTuple):

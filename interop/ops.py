@@ -17,7 +17,7 @@ from interop.operands import TENSORS, Operands, Options
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? q_segment_ids, "
-    "Tensor? kv_segment_ids, Tensor? alibi_slopes, Tensor? dropout_seed, "
+    "Tensor? kv_segment_ids, Tensor? alibi_slopes, Tensor? dropout_seed, Tensor? cu_seqlens, "
     "float? scale, int left, int right, float softcap, float dropout_p, bool deterministic"
 )
 _library = torch.library.Library("jflash", "DEF")
@@ -132,7 +132,7 @@ def _fake_backward(d_out, d_lse, out, lse, *args):
 
 def _vmap_forward(info, in_dims, *args):
     batch = _length(args[0], in_dims[0])
-    shared = {"bias", "sinks", "mask", "alibi_slopes"}
+    shared = {"bias", "sinks", "mask", "alibi_slopes", "cu_seqlens"}
     tensors = _fold_operands(info.batch_size, batch, args, in_dims, shared)
     outputs = attention_forward(*tensors, *args[TENSORS:])
     return tuple(x.unflatten(0, (info.batch_size, batch)) for x in outputs), (0, 0)
@@ -143,7 +143,7 @@ def _vmap_backward(info, in_dims, *args):
     tensors, dims = Operands(*args[4 : 4 + TENSORS]), in_dims[4:]
     batch = _length(tensors.q, dims[0])
     cotangents = [_fold(n, batch, x, dim) for x, dim in zip(args[:4], in_dims, strict=False)]
-    shared = {"mask", "alibi_slopes"} if bias_gradient else {"bias", "mask", "alibi_slopes"}
+    shared = {"mask", "alibi_slopes", "cu_seqlens"} | (set() if bias_gradient else {"bias"})
     folded = _fold_operands(n, batch, tensors, dims, shared)
     grads = attention_backward(*cotangents, *folded, *args[4 + TENSORS :])
     unfolded, out_dims = [], []

@@ -1,0 +1,139 @@
+"""The functions of flash_attn 2 for packed sequences, under its names and in its argument order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from interop import _arguments
+from interop.attention import attention
+from interop.flash_attn import Attention
+from interop.operands import Options
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Attention:
+    """`flash_attn_func` of each of N packed sequences with itself, whatever their lengths, 0 included.
+
+    Sequence n is the queries `cu_seqlens_q[n]` to `cu_seqlens_q[n + 1]` and the keys likewise; its queries stand
+    at the end of its keys. What no sequence can see is skipped, forward and backward.
+
+    Args:
+        q: [Tq, H, D], all sequences one after another; k: [Tk, Hk, D]; v: [Tk, Hk, Dv]. Queries behind the last
+            sequence give 0.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 [N + 1], rising from 0. Their values are checked on CPU only.
+        max_seqlen_q, max_seqlen_k: checked on CPU, and not needed.
+        alibi_slopes: float32 [H] or [N, H].
+        block_table: must be None; for paged keys use `flash_attn_with_kvcache`.
+        The rest as for `flash_attn_func`.
+
+    Returns:
+        out [Tq, H, Dv] in q's dtype, or (out, lse, None) with lse [H, Tq].
+
+    Raises:
+        ValueError, TypeError: an argument breaks a rule above; the message names both.
+        NotImplementedError: block_table, or as for `flash_attn_func`.
+
+    Source: the interface of flash_attn 2; Dao, FlashAttention-2 (arXiv 2307.08691).
+    """
+    if block_table is not None:
+        raise NotImplementedError("block_table must be None: for paged keys use flash_attn_with_kvcache")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _arguments.check_axes(name, x, "[tokens, heads, dim]")
+    cu_seqlens_q = _arguments.cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
+    cu_seqlens_k = _arguments.cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        shapes = f"{list(cu_seqlens_q.shape)} and {list(cu_seqlens_k.shape)}"
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k shapes {shapes} must be equal: one sequence for each")
+    if alibi_slopes is not None and alibi_slopes.dim() == 2:
+        alibi_slopes = _slopes_of_tokens(alibi_slopes, cu_seqlens_q, q)
+    left, right = _arguments.window(window_size)
+    options = Options(
+        scale=None if softmax_scale is None else _arguments.number("softmax_scale", softmax_scale),
+        left=left,
+        right=0 if causal else right,
+        softcap=_arguments.softcap(softcap),
+        dropout_p=_arguments.dropout_p(dropout_p),
+        deterministic=bool(deterministic),
+    )
+    cu_seqlens = torch.stack([cu_seqlens_q, cu_seqlens_k]).to(torch.int32)[None]
+    out, lse = attention(q[None], k[None], v[None], options, alibi_slopes=alibi_slopes, cu_seqlens=cu_seqlens)
+    return (out[0], lse[0], None) if return_attn_probs else out[0]
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Attention:
+    """`flash_attn_varlen_func` with k = kv[:, 0] and v = kv[:, 1] of kv [Tk, 2, Hk, D]. kv has one gradient."""
+    k, v = _unpack("kv", kv, 2)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Attention:
+    """`flash_attn_varlen_func` of the three slices of qkv [T, 3, H, D]. qkv has one gradient."""
+    q, k, v = _unpack("qkv", qkv, 3)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def _slopes_of_tokens(slopes: Tensor, cu_seqlens: Tensor, q: Tensor) -> Tensor:
+    """[N, H] -> [1, H, Tq]."""
+    N, (T, H, _) = cu_seqlens.shape[0] - 1, q.shape
+    if list(slopes.shape) != [N, H]:
+        raise ValueError(f"alibi_slopes.shape={list(slopes.shape)} must be [H]={[H]} or [N, H]={[N, H]}")
+    token = torch.arange(T, device=q.device, dtype=cu_seqlens.dtype)
+    sequence = (torch.searchsorted(cu_seqlens, token, right=True) - 1).clamp(max=max(N - 1, 0))
+    return slopes[sequence].T[None].contiguous()
+
+
+def _unpack(name: str, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    _arguments.check_axes(name, x, f"[tokens, {parts}, heads, dim]")
+    if x.shape[1] != parts:
+        raise ValueError(f"{name}.shape={list(x.shape)} must be [tokens, {parts}, heads, dim]")
+    return torch.unbind(x, dim=1)
