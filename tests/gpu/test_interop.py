@@ -308,3 +308,28 @@ def test_changing_lengths_do_not_wait(dtype):
         *(x.transpose(1, 2).float() for x in (q, k[:, :80], v[:, :80])), enable_gqa=True
     )
     torch.testing.assert_close(found[1].transpose(1, 2).float(), reference, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.attention, "register_flash_attention_impl"), reason="needs torch 2.11")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_torchs_own_flash_backend(dropout_p):
+    """Its values are those of interop's function, dropout replayed in the backward included."""
+    from interop import sdpa_backend
+
+    tensors = [x.detach().transpose(1, 2).requires_grad_() for x in qkv(18, Hk=4)]
+    weight = torch.randn_like(tensors[0])
+
+    def results(attend):
+        torch.cuda.manual_seed(5)
+        out = attend(*tensors, dropout_p=dropout_p, is_causal=True)
+        return [out, *torch.autograd.grad(out, tensors, weight)]
+
+    expected = results(scaled_dot_product_attention)
+    torch.nn.attention.activate_flash_attention_impl(sdpa_backend.register())
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+            found = results(torch.nn.functional.scaled_dot_product_attention)
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, atol=2e-2, rtol=2e-2)
