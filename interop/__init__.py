@@ -4,13 +4,20 @@ The same JAX functions that `jflash` offers, on the memory of the tensors themse
 torch but not JAX, which follows at the first call.
 """
 
+from interop.as_flash_attn import install_as_flash_attn
+from interop.bert_padding import pad_input, unpad_input, unpad_input_for_concatenated_sequences
 from interop.flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 from interop.kv_cache import flash_attn_with_kvcache
+from interop.modules import MHA, FlashAttention, FlashCrossAttention, FlashSelfAttention
 from interop.rotary import RotaryEmbedding, apply_rotary_emb
 from interop.sdpa import scaled_dot_product_attention
 from interop.varlen import flash_attn_varlen_func, flash_attn_varlen_kvpacked_func, flash_attn_varlen_qkvpacked_func
 
 __all__ = [
+    "MHA",
+    "FlashAttention",
+    "FlashCrossAttention",
+    "FlashSelfAttention",
     "RotaryEmbedding",
     "apply_rotary_emb",
     "flash_attn_func",
@@ -20,5 +27,9 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "install_as_flash_attn",
+    "pad_input",
     "scaled_dot_product_attention",
+    "unpad_input",
+    "unpad_input_for_concatenated_sequences",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:
     """Writes k and v into the caches behind what is there, then `out = softmax(softcap(scale q k^T) + alibi) v` on all.
 
     Queries stand at the end of the keys: query i of an entry with n keys, new ones included, is at key position

@@ -95,8 +95,12 @@ class RotaryEmbedding(torch.nn.Module):
         """qkv [B, S, 3, H, D] with q and k turned. A tensor of offsets needs max_seqlen, the last position + 1."""
         if isinstance(seqlen_offset, Tensor) and max_seqlen is None:
             raise ValueError("seqlen_offset of several sequences needs max_seqlen, the last position + 1")
-        length = max_seqlen if isinstance(seqlen_offset, Tensor) else qkv.shape[1] + seqlen_offset
-        cos, sin = self.tables(length, qkv)
         q, k, v = qkv.unbind(2)
-        q, k = (apply_rotary_emb(x, cos, sin, self.interleaved, seqlen_offsets=seqlen_offset) for x in (q, k))
+        q, k = (self.turn(x, seqlen_offset, max_seqlen) for x in (q, k))
         return torch.stack([q, k, v], dim=2)
+
+    def turn(self, x: Tensor, seqlen_offset: int | Tensor = 0, max_seqlen: int | None = None) -> Tensor:
+        """x [B, S, H, D], turned."""
+        length = max_seqlen if isinstance(seqlen_offset, Tensor) else x.shape[1] + seqlen_offset
+        cos, sin = self.tables(length, x)
+        return apply_rotary_emb(x, cos, sin, self.interleaved, seqlen_offsets=seqlen_offset)
