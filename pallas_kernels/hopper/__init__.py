@@ -24,7 +24,6 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
         (p.mask_shape is not None, "mask is not in the kernels"),
         (p.key_ranges and p.alibi, "alibi_slopes with packed sequences or caches are not in the kernels"),
         (p.dropout_rate > 0, f"dropout_rate={p.dropout_rate} is not in the kernels"),
-        (p.deterministic and direction == "backward", "deterministic=True: dQ is summed in no fixed order"),
         (p.scale <= 0, f"scale={p.scale} must be > 0"),
     )
     return next((reason for failed, reason in reasons if failed), unproven(p))
@@ -37,6 +36,7 @@ def unproven(p: AttentionProblem) -> str | None:
         "segment_ids": p.segments,
         "alibi_slopes": p.alibi,
         "sinks": p.sinks,
+        "deterministic": p.deterministic,
         "key_ranges (packed sequences, caches)": p.key_ranges,
     }
     for name, asked in features.items():

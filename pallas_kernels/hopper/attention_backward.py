@@ -25,7 +25,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
-from pallas_kernels.parts import barriers, descriptors, masking, ranges, register_order, schedule, scores, softmax, tma
+from pallas_kernels.parts import (
+    barriers,
+    descriptors,
+    masking,
+    query_rows,
+    ranges,
+    register_order,
+    schedule,
+    scores,
+    softmax,
+    tma,
+)
 from pallas_kernels.parts.barriers import NamedBarrier
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Schedule, Work
@@ -90,15 +101,12 @@ class Refs(NamedTuple):
     do_gmem: Any
     lse_gmem: Any
     delta_gmem: Any
-    dq_gmem: Any
     dk_gmem: Any
     dv_gmem: Any
     q_smem: Any
     do_smem: Any
     k_smem: Any
     v_smem: Any
-    ds_smem: Any
-    dq_smem: Any
     lse_smem: Any
     delta_smem: Any
     kv_full: Any
@@ -106,8 +114,11 @@ class Refs(NamedTuple):
     q_do_empty: Any
     do_full: Any
     meeting: Any
-    dq_full: Any
-    dq_empty: Any
+    dq_gmem: Any = None  # this and the next four only where dQ is added here
+    ds_smem: Any = None
+    dq_smem: Any = None
+    dq_full: Any = None
+    dq_empty: Any = None
     slopes_gmem: Any = None
     q_ids_gmem: Any = None
     kv_ids_gmem: Any = None
@@ -124,6 +135,7 @@ def attention_backward(
 ) -> tuple[jax.Array, jax.Array]:
     """Adds dQ / scale to the accumulator `dq` (see `Plan.dq_shape`) and returns dK and dV.
 
+    For a deterministic problem `dq` is None, and dQ is left to `attention_backward_q`.
     lse2 = lse log2(e), float32 [B, H, Sq padded to whole blocks], +inf for rows without a gradient.
     delta = rowsum(dO O) - dlse, in the same shape.
     """
@@ -133,7 +145,7 @@ def attention_backward(
     inputs = {
         **{"q_gmem": q, "k_gmem": k, "v_gmem": v, "do_gmem": d_out, "lse_gmem": lse2, "delta_gmem": delta},
         **_features(plan, a),
-        "dq_gmem": dq,
+        **({} if dq is None else {"dq_gmem": dq}),
     }
     kernel = _compat.kernel(
         functools.partial(_kernel, plan, (*inputs, "dk_gmem", "dv_gmem")),
@@ -142,7 +154,7 @@ def attention_backward(
         scratch=_scratch(plan),
         grid=(plan.schedule.ctas,),
         grid_names=("cta",),
-        warpgroups=barriers.warpgroups(CONSUMERS, 2, interpret),
+        warpgroups=barriers.warpgroups(CONSUMERS, 1 if dq is None else 2, interpret),
         interpret=interpret,
     )
     dk, dv = kernel(*inputs.values())
@@ -151,16 +163,9 @@ def attention_backward(
 
 def _features(plan: Plan, a: AttentionArrays) -> dict[str, jax.Array]:
     """What the call has beyond the usual, as the kernel wants it."""
-    found = {}
-    if a.alibi_slopes is not None:
-        found["slopes_gmem"] = a.alibi_slopes.astype(jnp.float32)
-    if a.q_segment_ids is not None and a.kv_segment_ids is not None:
-        found["q_ids_gmem"] = tma.whole_blocks(a.q_segment_ids, plan.tile.block_q)
-        found["kv_ids_gmem"] = tma.whole_blocks(a.kv_segment_ids, plan.tile.block_kv)
-    if a.key_ranges is not None:
-        visits = ranges.table(a.key_ranges, plan.tile.block_q, plan.tile.block_kv, plan.problem.Sk)
-        found["limits_gmem"] = ranges.limits(a.key_ranges, plan.tile.block_q)
-        found["visits_gmem"], found["visitors_gmem"] = visits, ranges.visitors(visits, plan.schedule.blocks)
+    found = query_rows.inputs(plan.problem, a, plan.tile.block_q, plan.tile.block_kv)
+    if "visits_gmem" in found:
+        found["visitors_gmem"] = ranges.visitors(found["visits_gmem"], plan.schedule.blocks)
     return found
 
 
@@ -198,10 +203,13 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     limits = int(p.key_ranges)
     if limits:
         smem["limits_smem"] = plgpu.SMEM((t.stages, 2, t.block_q), jnp.int32)
+    dq_barriers = {}
+    if not p.deterministic:
+        smem["ds_smem"] = plgpu.SMEM((t.ds_stages, t.block_kv, t.block_q), jnp.dtype(p.dtype), transforms=tma.TILED)
+        smem["dq_smem"] = plgpu.SMEM((CONSUMERS, *plan.dq_shape[-2:]), jnp.float32)
+        dq_barriers = {"dq_full": plan.dq_full.scratch, "dq_empty": plan.dq_empty.scratch}
     return {
         **smem,
-        "ds_smem": plgpu.SMEM((t.ds_stages, t.block_kv, t.block_q), jnp.dtype(p.dtype), transforms=tma.TILED),
-        "dq_smem": plgpu.SMEM((CONSUMERS, *plan.dq_shape[-2:]), jnp.float32),
         "lse_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
         "delta_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
         "kv_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks + types["v_smem"].chunks + ids),
@@ -209,8 +217,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         "q_do_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=t.stages),
         "do_full": plgpu.Barrier(num_arrivals=types["do_smem"].chunks + 1, num_barriers=t.stages),
         "meeting": plan.meeting.scratch,
-        "dq_full": plan.dq_full.scratch,
-        "dq_empty": plan.dq_empty.scratch,
+        **dq_barriers,
     }
 
 
@@ -257,7 +264,7 @@ def _servants(plan: Plan, refs: Refs, work: Work, walk: Walk, index) -> None:
     plgpu.set_max_registers(plan.tile.producer_registers, action="decrease")
     load = functools.partial(_loader, plan, refs, work, walk)
     store = functools.partial(_dq_storer, plan, refs, work, walk)
-    barriers.in_warps([load, store], index, plan.interpret)
+    barriers.in_warps([load] if refs.dq_gmem is None else [load, store], index, plan.interpret)
 
 
 def _loader(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
@@ -345,6 +352,18 @@ def _step(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, dk_acc, dv_acc, st
     form = functools.partial(_weights, plan, refs, work, walk, wg, step, slot)
     scores = plgpu.ACC((64, t.block_q), jnp.float32)
     weights, ds = pl.run_scoped(form, scores, scores)
+    if refs.dq_gmem is None:
+        tma.product(dv_acc, weights, refs.do_smem, slot)
+        tma.product(dk_acc, ds, refs.q_smem, slot)
+        barriers.fence(plan.interpret)  # the statistics have been read, and TMA refills their slot
+    else:
+        _three_products(plan, refs, wg, step, slot, ds_slot, mine, weights, ds, dk_acc, dv_acc)
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(refs.q_do_empty.at[slot])
+
+
+def _three_products(plan: Plan, refs: Refs, wg, step, slot, ds_slot, mine, weights, ds, dk_acc, dv_acc) -> None:
+    """dV, dQ and dK, with the way of dS and of dQ through shared memory."""
     refs.ds_smem[ds_slot, mine] = ds
     tma.product(dv_acc, weights, refs.do_smem, slot)
     barriers.fence(plan.interpret)
@@ -360,8 +379,6 @@ def _step(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, dk_acc, dv_acc, st
         plan.dq_full.arrive(refs.dq_full, wg)
 
     pl.run_scoped(finish, plgpu.ACC(plan.dq_tile, jnp.float32))
-    plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(refs.q_do_empty.at[slot])
 
 
 def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, s_acc, dp_acc):

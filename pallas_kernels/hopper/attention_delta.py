@@ -23,22 +23,29 @@ from pallas_kernels.parts import softmax, tma
 ROWS = 64
 
 
-def attention_delta(plan: Plan, out, lse, d_out, d_lse) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """lse2 and delta, float32 [B, H, Sq padded to whole blocks], and zeros of `plan.dq_shape`."""
+def attention_delta(plan: Plan, out, lse, d_out, d_lse) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """lse2 and delta, float32 [B, H, Sq padded to whole blocks], and zeros of `plan.dq_shape`.
+
+    There are no zeros for a deterministic problem, which adds nothing into them.
+    """
     p, t = plan.problem, plan.tile
     rows = plan.query_blocks * t.block_q
     tail = ((0, 0), (0, 0), (0, rows - p.Sq))
     lse, d_lse = jnp.pad(lse, tail, constant_values=-jnp.inf), jnp.pad(d_lse, tail)
     tile = plan.tile_type(2, ROWS, p.Dv)
     statistic = jax.ShapeDtypeStruct((p.B, p.H, rows), jnp.float32)
+    zeros, zero_smem = [], {}
+    if not p.deterministic:
+        zeros = [jax.ShapeDtypeStruct(plan.dq_shape, jnp.float32)]
+        zero_smem = {"zero_smem": plgpu.SMEM(plan.dq_shape[-2:], jnp.float32)}
     kernel = _compat.kernel(
         functools.partial(_kernel, plan),
         name="attention_delta",
-        out_type=(statistic, statistic, jax.ShapeDtypeStruct(plan.dq_shape, jnp.float32)),
+        out_type=(statistic, statistic, *zeros),
         scratch={
             "tile_smem": tile.scratch,
             "rows_smem": plgpu.SMEM((2, ROWS), jnp.float32),
-            "zero_smem": plgpu.SMEM(plan.dq_shape[-2:], jnp.float32),
+            **zero_smem,
             "full": plgpu.Barrier(num_arrivals=2 * tile.chunks + 2),
         },
         grid=(p.B * p.H * rows // ROWS,),
@@ -46,7 +53,8 @@ def attention_delta(plan: Plan, out, lse, d_out, d_lse) -> tuple[jax.Array, jax.
         warpgroups=1,
         interpret=plan.interpret,
     )
-    return kernel(*(tma.fit(x, ROWS) for x in (out, d_out)), lse, d_lse)
+    lse2, delta, *zeros = kernel(*(tma.fit(x, ROWS) for x in (out, d_out)), lse, d_lse)
+    return lse2, delta, zeros[0] if zeros else None
 
 
 def _kernel(
@@ -57,12 +65,12 @@ def _kernel(
     dlse_gmem,
     lse2_gmem,
     delta_gmem,
-    dq_gmem,
+    dq_gmem=None,
     *,
     tile_smem,
     rows_smem,
-    zero_smem,
     full,
+    zero_smem=None,
 ) -> None:
     p, t = plan.problem, plan.tile
     blocks = plan.query_blocks * t.block_q // ROWS
@@ -75,10 +83,11 @@ def _kernel(
         tile.load(source, b, row, h, n, full)
     for n, source in enumerate((lse_gmem, dlse_gmem)):
         plgpu.copy_gmem_to_smem(source.at[here], rows_smem.at[n], full)
-    _zero(plan, dq_gmem, zero_smem, b, h, row)
+    if dq_gmem is not None:
+        _zero(plan, dq_gmem, zero_smem, b, h, row)
     plgpu.barrier_wait(full)
     lse, d_lse = (_compat.load(rows_smem.at[n], softmax.ROWS) for n in range(2))
-    delta = -d_lse
+    delta = jnp.where(lse == -jnp.inf, 0.0, -d_lse)  # a row that sees nothing has no gradient
     for c in range(tile.type.chunks):
         o, do = (_compat.load(tile.multiplied.at[n, c], plgpu.Layout.WGMMA).astype(jnp.float32) for n in range(2))
         delta = delta + (o * do).sum(axis=1)

@@ -25,8 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
-from pallas_kernels.parts import barriers, masking, ranges, schedule, scores, softmax, tma
+from pallas_kernels.parts import barriers, query_rows, ranges, schedule, softmax, tma
 from pallas_kernels.parts.barriers import NamedBarrier
+from pallas_kernels.parts.query_rows import QueryRows
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Schedule, Work
 from pallas_kernels.parts.softmax import Softmax
@@ -131,17 +132,9 @@ def attention_forward(
 
 def _features(plan: Plan, a: AttentionArrays) -> dict[str, jax.Array]:
     """What the call has beyond q, k and v, as the kernel wants it."""
-    found = {}
+    found = query_rows.inputs(plan.problem, a, plan.tile.rows, plan.tile.block_kv)
     if a.sinks is not None:
         found["sinks_gmem"] = a.sinks.astype(jnp.float32) * softmax.LOG2E
-    if a.alibi_slopes is not None:
-        found["slopes_gmem"] = a.alibi_slopes.astype(jnp.float32)
-    if a.q_segment_ids is not None and a.kv_segment_ids is not None:
-        found["q_ids_gmem"] = tma.whole_blocks(a.q_segment_ids, plan.tile.rows)
-        found["kv_ids_gmem"] = tma.whole_blocks(a.kv_segment_ids, plan.tile.block_kv)
-    if a.key_ranges is not None:
-        found["limits_gmem"] = ranges.limits(a.key_ranges, plan.tile.rows)
-        found["visits_gmem"] = ranges.table(a.key_ranges, plan.tile.rows, plan.tile.block_kv, plan.problem.Sk)
     return found
 
 
@@ -164,19 +157,14 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     t = plan.tile
     types = _tile_types(plan)
     smem = {name: x.scratch for name, x in types.items() if not (t.out_in_q and name == "out_smem")}
-    ids = int(plan.problem.segments)  # they travel with Q and with K
-    if ids:
-        smem["q_ids_smem"] = plgpu.SMEM((t.warpgroups, 64), jnp.int32)
-        smem["kv_ids_smem"] = plgpu.SMEM((t.stages, t.block_kv), jnp.int32)
-    limits = int(plan.problem.key_ranges)
-    if limits:
-        smem["limits_smem"] = plgpu.SMEM((t.warpgroups, 2, 64), jnp.int32)
+    with_q, with_k = query_rows.copies(plan.problem)
     return {
         **smem,
+        **query_rows.scratch(plan.problem, t.warpgroups, t.stages, t.block_kv),
         "lse_smem": plgpu.SMEM((t.warpgroups, 64), jnp.float32),
-        "q_full": plgpu.Barrier(num_arrivals=t.warpgroups * (types["q_smem"].chunks + ids + limits)),
+        "q_full": plgpu.Barrier(num_arrivals=t.warpgroups * (types["q_smem"].chunks + with_q)),
         "q_empty": plgpu.Barrier(num_arrivals=t.warpgroups),
-        "k_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks + ids, num_barriers=t.stages),
+        "k_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks + with_k, num_barriers=t.stages),
         "k_empty": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
         "v_full": plgpu.Barrier(num_arrivals=types["v_smem"].chunks, num_barriers=t.stages),
         "v_empty": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
@@ -208,21 +196,9 @@ def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
 def _keys(plan: Plan, refs: Refs, work: Work) -> Range:
     """The key blocks of a tile: at least one, wholly masked if need be, so that no role has an empty case."""
     t = plan.tile
-    if refs.visits_gmem is None:
-        keys = ranges.key_blocks(plan.problem, work.block * t.rows, t.rows, t.block_kv)
-    else:
-        b = tma.batch_entry(refs.visits_gmem, work.b)
-        keys = Range(*(refs.visits_gmem[b, work.block, n] for n in range(4)))
+    keys = query_rows.key_blocks(plan.problem, refs, work, t.rows, t.block_kv)
     last = jnp.minimum(keys.lo, -(-plan.problem.Sk // t.block_kv) - 1)
     return keys._replace(lo=last, hi=jnp.maximum(keys.hi, last + 1))
-
-
-def _cut(plan: Plan, keys: Range, block: jax.Array) -> jax.Array | None:
-    """Whether an edge cuts the block, so that it needs a mask; None if none ever does."""
-    p = plan.problem
-    if p.left is None and p.right is None and not p.key_ranges and p.Sk % plan.tile.block_kv == 0:
-        return None
-    return (block < keys.full_lo) | (block >= keys.full_hi)
 
 
 def _producer(plan: Plan, refs: Refs, cta) -> None:
@@ -246,12 +222,7 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
     for w in range(t.warpgroups):
         row = work.block * t.rows + w * 64
         refs.q_smem.load(refs.q_gmem, work.b, row, work.h, w, refs.q_full)
-        if refs.q_ids_gmem is not None:
-            ids = refs.q_ids_gmem.at[tma.batch_entry(refs.q_ids_gmem, work.b), pl.ds(row, 64)]
-            plgpu.copy_gmem_to_smem(ids, refs.q_ids_smem.at[w], refs.q_full)
-        if refs.limits_gmem is not None:
-            limits = refs.limits_gmem.at[tma.batch_entry(refs.limits_gmem, work.b), :, pl.ds(row, 64)]
-            plgpu.copy_gmem_to_smem(limits, refs.limits_smem.at[w], refs.q_full)
+        query_rows.load(refs, work.b, row, w, refs.q_full)
 
     def load(step, smem, gmem, full, empty):
         slot = lax.rem(done + step, t.stages)
@@ -260,10 +231,8 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
 
     def load_keys(step):
         load(step, refs.k_smem, refs.k_gmem, refs.k_full, refs.k_empty)
-        if refs.kv_ids_gmem is not None:
-            slot, first = lax.rem(done + step, t.stages), (keys.hi - 1 - step) * t.block_kv
-            ids = refs.kv_ids_gmem.at[tma.batch_entry(refs.kv_ids_gmem, work.b), pl.ds(first, t.block_kv)]
-            plgpu.copy_gmem_to_smem(ids, refs.kv_ids_smem.at[slot], refs.k_full.at[slot])
+        slot = lax.rem(done + step, t.stages)
+        query_rows.load_keys(refs, work.b, (keys.hi - 1 - step) * t.block_kv, slot, refs.k_full.at[slot])
 
     def load_values(step):
         load(step, refs.v_smem, refs.v_gmem, refs.v_full, refs.v_empty)
@@ -292,7 +261,8 @@ def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
     """Attention of this consumer's 64 rows; returns the key blocks done so far."""
     keys = _keys(plan, refs, work)
     plgpu.barrier_wait(refs.q_full)
-    rows = _rows(plan, refs, wg, work, keys, done)
+    first = work.block * plan.tile.rows + wg * 64
+    rows = Rows(wg, done, _start(refs, work), query_rows.read(refs, work, wg, first, keys))
     steps = keys.hi - keys.lo
     carry = lax.fori_loop(1, steps, functools.partial(_step, plan, refs, rows), _first(plan, refs, rows))
     if not plan.tile.out_in_q:
@@ -313,31 +283,16 @@ def _start(refs: Refs, work: Work) -> Softmax:
 
 
 class Rows(NamedTuple):
-    """The query rows of one consumer, the key blocks they take, and how many blocks came before those."""
+    """The query rows of one consumer, and how many key blocks earlier tiles took."""
 
     wg: jax.Array
-    first: jax.Array
-    keys: Range
     done: Any
     start: Softmax  # before any key
-    slope: Any  # of ALiBi, or None
-    ids: Any  # segment ids [64], or None
-    limits: Any  # the first and the last key of each row, or None
+    queries: QueryRows
 
     def block(self, step):
         """The key block of a step, last first."""
-        return self.keys.hi - 1 - step
-
-
-def _rows(plan: Plan, refs: Refs, wg, work: Work, keys: Range, done) -> Rows:
-    slope = ids = limits = None
-    if refs.slopes_gmem is not None:
-        slope = refs.slopes_gmem[tma.batch_entry(refs.slopes_gmem, work.b), work.h]
-    if refs.q_ids_smem is not None:
-        ids = _compat.load(refs.q_ids_smem.at[wg], softmax.ROWS)
-    if refs.limits_smem is not None:
-        limits = [_compat.load(refs.limits_smem.at[wg, n], softmax.ROWS) for n in range(2)]
-    return Rows(wg, work.block * plan.tile.rows + wg * 64, keys, done, _start(refs, work), slope, ids, limits)
+        return self.queries.keys.hi - 1 - step
 
 
 class Carry(NamedTuple):
@@ -359,7 +314,7 @@ def _first(plan: Plan, refs: Refs, rows: Rows) -> Carry:
         return s_acc[...]
 
     s = pl.run_scoped(product, plgpu.ACC((64, t.block_kv), jnp.float32))
-    ids = _key_ids(plan, refs, slot)
+    ids = query_rows.key_ids(refs, slot)
     plgpu.barrier_arrive(refs.k_empty.at[slot])
     state, weights, _ = _softmax(plan, rows, 0, rows.start, s, ids)
     acc = plgpu.layout_cast(jnp.zeros((64, tiles.padded(p.Dv)), jnp.float32), WGMMA)
@@ -382,7 +337,7 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
         if plan.takes_turns:
             plan.turn.arrive(refs.turn, barriers.following(rows.wg, t.warpgroups))
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
-        ids = _key_ids(plan, refs, k_slot)
+        ids = query_rows.key_ids(refs, k_slot)
         plgpu.barrier_arrive(refs.k_empty.at[k_slot])
         state, weights, fade = _softmax(plan, rows, step, carry.state, s, ids)
         acc = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
@@ -407,40 +362,13 @@ def _last(plan: Plan, refs: Refs, step, carry: Carry) -> jax.Array:
     return acc
 
 
-def _key_ids(plan: Plan, refs: Refs, slot):
-    """The segment ids of a key block in registers, or None; a fence, for TMA refills their slot."""
-    if refs.kv_ids_smem is None:
-        return None
-    ids = _compat.load(refs.kv_ids_smem.at[slot], masking.COLUMNS)
-    plgpu.commit_smem()
-    return ids
-
-
-def _softmax(plan: Plan, rows: Rows, step, state: Softmax, products, key_ids):
-    """Takes a tile of q k^T into the running softmax, hiding what an edge or another segment cuts off."""
+def _softmax(plan: Plan, rows: Rows, step, state: Softmax, products, ids):
+    """Takes a tile of q k^T into the running softmax."""
     p = plan.problem
-    block = rows.block(step)
-    apart = rows.first + p.offset - block * plan.tile.block_kv
-    s, factor, _ = scores.modify(p, products, rows.slope, apart, plan.interpret)
-    cut = _cut(plan, rows.keys, block)
-    if cut is not None:
-        s = lax.cond(cut, functools.partial(_hide, plan, rows, block), lambda s: s, s)
-    if key_ids is not None:
-        s = masking.hide_other_segments(s, rows.ids, key_ids)
-    state, weights, fade = softmax.step(state, s, factor, guarded=cut is not None or key_ids is not None)
+    s, factor, _ = query_rows.scored(p, rows.queries, rows.block(step), products, ids, plan.interpret)
+    guarded = not query_rows.sees_all(p, plan.tile.block_kv)
+    state, weights, fade = softmax.step(state, s, factor, guarded)
     return state, weights.astype(p.dtype), fade
-
-
-def _hide(plan: Plan, rows: Rows, block, s) -> jax.Array:
-    p = plan.problem
-    if rows.limits is not None:
-        low, high = (limit - block * plan.tile.block_kv for limit in rows.limits)
-        return masking.hide_columns(s, low, high, plan.interpret)
-    row = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=softmax.ROWS)
-    here = row + (rows.first + p.offset - block * plan.tile.block_kv)  # the query's own position, as a column
-    last = p.Sk - 1 - block * plan.tile.block_kv
-    high = jnp.minimum(here + p.right, last) if p.right is not None else softmax.row_values(last, 64, jnp.int32)
-    return masking.hide_columns(s, None if p.left is None else here - p.left, high, plan.interpret)
 
 
 def _epilogue(plan: Plan, refs: Refs, wg, work: Work, acc, state: Softmax) -> None:

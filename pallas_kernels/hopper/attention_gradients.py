@@ -1,4 +1,4 @@
-"""The whole backward: row statistics, the fused kernel, and dQ out of its float32 buffer."""
+"""The whole backward: row statistics, the fused kernel, and dQ out of its float32 buffer or by a kernel of its own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _compat
 from pallas_kernels.hopper import attention_backward
+from pallas_kernels.hopper.attention_backward_q import attention_backward_q
 from pallas_kernels.hopper.attention_delta import attention_delta
 from pallas_kernels.hopper.attention_dq import attention_dq
 from pallas_kernels.parts.softmax import LOG2E
@@ -22,10 +23,14 @@ def attention_gradients(
     """Gradients of q, k and v from both outputs and their cotangents."""
     plan = attention_backward.make_plan(p, interpret)
     lse2, delta, zeros = attention_delta(plan, out, lse, d_out, d_lse)
-    dq = _compat.accumulator(zeros)
-    dk, dv = attention_backward.attention_backward(p, a, d_out, lse2, delta, dq, interpret=interpret)
+    accumulator = None if zeros is None else _compat.accumulator(zeros)
+    dk, dv = attention_backward.attention_backward(p, a, d_out, lse2, delta, accumulator, interpret=interpret)
+    if accumulator is None:
+        dq = attention_backward_q(p, a, d_out, lse2, delta, interpret=interpret)
+    else:
+        dq = attention_dq(plan, accumulator[...])
     d_sinks = None if a.sinks is None else _sink_gradient(p, a.sinks, lse2, delta)
-    return AttentionGradients(q=attention_dq(plan, dq[...]), k=dk, v=dv, sinks=d_sinks)
+    return AttentionGradients(q=dq, k=dk, v=dv, sinks=d_sinks)
 
 
 def _sink_gradient(p: AttentionProblem, sinks, lse2, delta) -> jax.Array:

@@ -29,6 +29,8 @@ CALLS = {
     "D64_ragged": (dict(D=64, S=1001), dict(window=(100, 100))),
     "D96": (dict(D=96), dict(causal=True)),
     "D80_Dv128": (dict(D=80, Dv=128), {}),
+    "D128_deterministic": (dict(D=128), dict(causal=True, deterministic=True)),
+    "D64_deterministic": (dict(D=64, S=1001), dict(deterministic=True)),
     "D128_packed": (dict(B=1, D=128), dict(causal=True, sequences=4)),
     "D64_packed": (dict(B=1, D=64, S=1001), dict(window=(100, 0), sequences=3)),
     "float16": (dict(D=128, dtype=jnp.float16), dict(causal=True)),

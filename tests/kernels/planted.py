@@ -68,7 +68,7 @@ BUGS = {
         BACKWARD, "(dp - over_rows(delta, dp.shape))", "dp", dict(Sq=128, H=1, D=128), {}, numbers=True
     ),
     "delta_without_the_cotangent_of_lse": Bug(
-        DELTA, "delta = -d_lse", "delta = 0.0 * d_lse", dict(Sq=128, H=1, D=128), {}, numbers=True
+        DELTA, "0.0, -d_lse)", "0.0, 0.0 * d_lse)", dict(Sq=128, H=1, D=128), {}, numbers=True
     ),
 }
 

@@ -37,6 +37,12 @@ CASES = {
         dict(B=2, Sq=200, H=1, D=64),
         dict(causal=True, softcap=5.0, alibi_slopes=jnp.array([[0.3], [0.02]])),
     ),
+    "deterministic": (dict(Sq=256, H=2, Hk=1, D=128), dict(causal=True, deterministic=True)),
+    "deterministic_ragged": (dict(Sq=150, Sk=130, H=1, D=96, Dv=72), dict(deterministic=True)),
+    "deterministic_features": (
+        dict(B=2, Sq=200, Sk=300, H=1, D=64, sinks=True),
+        dict(deterministic=True, softcap=5.0, window=(90, 20), segment_ids=SEGMENTS),
+    ),
     "segments": (dict(Sq=256, H=1, D=128), dict(causal=True, segment_ids=jnp.repeat(jnp.arange(4), 64)[None])),
     "segments_D64": (dict(B=2, Sq=200, Sk=300, H=1, D=64), dict(segment_ids=SEGMENTS)),
 }

@@ -1,0 +1,137 @@
+"""A consumer's 64 query rows against blocks of keys: what they may see, and how their scores are bent.
+
+Features that were not asked for are None in `refs` and leave nothing in the kernel. Shared by the kernels that
+keep queries still and walk over keys.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _compat
+from pallas_kernels.parts import masking, ranges, scores, softmax, tma
+from pallas_kernels.parts.ranges import Range
+from pallas_kernels.parts.schedule import Work
+from pallas_kernels.parts.scores import Scores
+from pallas_kernels.problem import AttentionArrays, AttentionProblem
+
+
+def inputs(p: AttentionProblem, a: AttentionArrays, rows: int, block_kv: int) -> dict[str, jax.Array]:
+    """The arrays of the features of a call, for tiles of rows x block_kv."""
+    found = {}
+    if a.alibi_slopes is not None:
+        found["slopes_gmem"] = a.alibi_slopes.astype(jnp.float32)
+    if a.q_segment_ids is not None and a.kv_segment_ids is not None:
+        found["q_ids_gmem"] = tma.whole_blocks(a.q_segment_ids, rows)
+        found["kv_ids_gmem"] = tma.whole_blocks(a.kv_segment_ids, block_kv)
+    if a.key_ranges is not None:
+        found["limits_gmem"] = ranges.limits(a.key_ranges, rows)
+        found["visits_gmem"] = ranges.table(a.key_ranges, rows, block_kv, p.Sk)
+    return found
+
+
+def scratch(p: AttentionProblem, warpgroups: int, stages: int, block_kv: int) -> dict[str, Any]:
+    found = {}
+    if p.segments:
+        found["q_ids_smem"] = plgpu.SMEM((warpgroups, 64), jnp.int32)
+        found["kv_ids_smem"] = plgpu.SMEM((stages, block_kv), jnp.int32)
+    if p.key_ranges:
+        found["limits_smem"] = plgpu.SMEM((warpgroups, 2, 64), jnp.int32)
+    return found
+
+
+def copies(p: AttentionProblem) -> tuple[int, int]:
+    """How often `load` and `load_keys` arrive at their barrier."""
+    return int(p.segments) + int(p.key_ranges), int(p.segments)
+
+
+def load(refs, b, row, w, barrier) -> None:
+    """Starts to copy what belongs to the rows of consumer w."""
+    if refs.q_ids_gmem is not None:
+        ids = refs.q_ids_gmem.at[tma.batch_entry(refs.q_ids_gmem, b), pl.ds(row, 64)]
+        plgpu.copy_gmem_to_smem(ids, refs.q_ids_smem.at[w], barrier)
+    if refs.limits_gmem is not None:
+        limits = refs.limits_gmem.at[tma.batch_entry(refs.limits_gmem, b), :, pl.ds(row, 64)]
+        plgpu.copy_gmem_to_smem(limits, refs.limits_smem.at[w], barrier)
+
+
+def load_keys(refs, b, first, slot, barrier) -> None:
+    """Starts to copy what belongs to a block of keys."""
+    if refs.kv_ids_gmem is not None:
+        columns = pl.ds(first, refs.kv_ids_smem.shape[1])
+        ids = refs.kv_ids_gmem.at[tma.batch_entry(refs.kv_ids_gmem, b), columns]
+        plgpu.copy_gmem_to_smem(ids, refs.kv_ids_smem.at[slot], barrier)
+
+
+def key_blocks(p: AttentionProblem, refs, work: Work, rows: int, block_kv: int) -> Range:
+    """The key blocks of a tile of rows."""
+    if refs.visits_gmem is None:
+        return ranges.key_blocks(p, work.block * rows, rows, block_kv)
+    b = tma.batch_entry(refs.visits_gmem, work.b)
+    return Range(*(refs.visits_gmem[b, work.block, n] for n in range(4)))
+
+
+class QueryRows(NamedTuple):
+    first: jax.Array  # the number of the first of the 64
+    keys: Range  # the key blocks they visit
+    slope: Any  # of ALiBi
+    ids: Any  # segment ids [64]
+    limits: Any  # the first and the last key of each row, each [64]
+
+
+def read(refs, work: Work, wg, first, keys: Range) -> QueryRows:
+    """What has arrived for the rows of consumer wg, in registers."""
+    slope = ids = limits = None
+    if refs.slopes_gmem is not None:
+        slope = refs.slopes_gmem[tma.batch_entry(refs.slopes_gmem, work.b), work.h]
+    if refs.q_ids_smem is not None:
+        ids = _compat.load(refs.q_ids_smem.at[wg], softmax.ROWS)
+    if refs.limits_smem is not None:
+        limits = [_compat.load(refs.limits_smem.at[wg, n], softmax.ROWS) for n in range(2)]
+    return QueryRows(first, keys, slope, ids, limits)
+
+
+def key_ids(refs, slot):
+    """The segment ids of a key block in registers, or None; a fence, for TMA refills their slot."""
+    if refs.kv_ids_smem is None:
+        return None
+    ids = _compat.load(refs.kv_ids_smem.at[slot], masking.COLUMNS)
+    plgpu.commit_smem()
+    return ids
+
+
+def sees_all(p: AttentionProblem, block_kv: int) -> bool:
+    """Whether every row sees every key of every block, so that nothing is ever -inf."""
+    limited = p.left is not None or p.right is not None or p.key_ranges or p.segments
+    return not limited and p.Sk % block_kv == 0
+
+
+def scored(p: AttentionProblem, rows: QueryRows, block, products, ids, interpret: _compat.Interpret) -> Scores:
+    """The scores of a block of keys from products q k^T [64, block_kv], -inf where one is not seen."""
+    block_kv = products.shape[1]
+    s, factor, slope = scores.modify(p, products, rows.slope, rows.first + p.offset - block * block_kv, interpret)
+    if p.left is not None or p.right is not None or p.key_ranges or p.Sk % block_kv:
+        cut = (block < rows.keys.full_lo) | (block >= rows.keys.full_hi)
+        s = lax.cond(cut, functools.partial(_hide, p, rows, block, interpret), lambda s: s, s)
+    if ids is not None:
+        s = masking.hide_other_segments(s, rows.ids, ids)
+    return Scores(s, factor, slope)
+
+
+def _hide(p: AttentionProblem, rows: QueryRows, block, interpret, s) -> jax.Array:
+    start = block * s.shape[1]
+    if rows.limits is not None:
+        low, high = (limit - start for limit in rows.limits)
+        return masking.hide_columns(s, low, high, interpret)
+    row = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=softmax.ROWS)
+    here = row + (rows.first + p.offset - start)  # the query's own position, as a column
+    last = p.Sk - 1 - start
+    high = jnp.minimum(here + p.right, last) if p.right is not None else softmax.row_values(last, 64, jnp.int32)
+    return masking.hide_columns(s, None if p.left is None else here - p.left, high, interpret)
