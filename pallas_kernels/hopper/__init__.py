@@ -26,17 +26,17 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
         (p.dropout_rate > 0, f"dropout_rate={p.dropout_rate} is not in the kernels"),
         (p.scale <= 0, f"scale={p.scale} must be > 0"),
     )
-    return next((reason for failed, reason in reasons if failed), unproven(p))
+    return next((reason for failed, reason in reasons if failed), unproven(p, direction))
 
 
-def unproven(p: AttentionProblem) -> str | None:
+def unproven(p: AttentionProblem, direction: str) -> str | None:
     """What the kernels do in the interpreter and compile, but no test on a GPU has yet passed. Tests lift it."""
     features = {
         "softcap": p.softcap is not None,
         "segment_ids": p.segments,
         "alibi_slopes": p.alibi,
         "sinks": p.sinks,
-        "deterministic": p.deterministic,
+        "deterministic": p.deterministic and direction == "backward",
         "key_ranges (packed sequences, caches)": p.key_ranges,
     }
     for name, asked in features.items():

@@ -17,7 +17,7 @@ def _why_not() -> str | None:
 @pytest.fixture
 def unproven(monkeypatch):
     """Lets the kernels take what they are not trusted with before it has passed here."""
-    monkeypatch.setattr(hopper, "unproven", lambda p: None)
+    monkeypatch.setattr(hopper, "unproven", lambda p, direction: None)
 
 
 def pytest_collection_modifyitems(items):
