@@ -76,3 +76,24 @@ def test_naive_attention_stops_before_it_fills_the_memory():
 
     assert lengths_for("jflash", LENGTHS) == LENGTHS
     assert max(lengths_for("naive jnp", LENGTHS)) < max(LENGTHS)
+
+
+def test_generation_is_the_same_in_torch_and_without_a_cache(trained):
+    """Token by token from the caches, in both, as the likeliest after the whole text."""
+    from examples.generate_text import both
+    from examples.train_text import read_text
+
+    config, model, _ = trained
+    prompt = read_text()[1][: 2 * config.context].reshape(2, -1).astype("int32")
+    (tokens, _), (torch_tokens, _) = both(model, config, prompt, 12)
+    assert (tokens == torch_tokens).all()
+    text = jnp.concatenate([jnp.asarray(prompt), jnp.asarray(tokens)], axis=1)
+    likeliest = model(text)[:, config.context - 1 : -1].argmax(axis=-1)
+    assert (likeliest == tokens).all()
+
+
+def test_generate_text_runs_as_a_program():
+    pytest.importorskip("torch")
+    out = run("examples.generate_text", "--steps", 3, "--length", 5, "--batch", 2)
+    for said in ("JAX", "PyTorch", "tokens/s", "the same tokens"):
+        assert said in out
