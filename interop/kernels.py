@@ -19,7 +19,7 @@ from pallas_kernels.parts import dropout
 from pallas_kernels.problem import AttentionProblem
 
 _FEW = 16  # queries that are not worth compiling a faster kernel for each number of keys
-_MANY = 16
+MANY = 16  # programs that differ in their shapes only
 programs: collections.Counter = collections.Counter()  # compiled so far, by direction and all but shapes
 
 
@@ -131,9 +131,9 @@ def _note(direction: str, problem: AttentionProblem) -> None:
     """Runs once for each program that is compiled; warns when shapes alone make too many."""
     kind = (direction, dataclasses.replace(problem, B=0, Sq=0, Sk=0, bias_shape=None, mask_shape=None))
     programs[kind] += 1
-    if programs[kind] == _MANY:
+    if programs[kind] == MANY:
         warnings.warn(
-            f"jflash has compiled {_MANY} programs for attention {direction}s that differ in their shapes only, the "
+            f"jflash has compiled {MANY} programs for attention {direction}s that differ in their shapes only, the "
             f"last for B={problem.B}, Sq={problem.Sq}, Sk={problem.Sk}. Each takes seconds: pad batches to a few "
             "sizes, and sequences to a few lengths",
             stacklevel=2,

@@ -16,7 +16,7 @@ from torch import Tensor
 from interop.operands import Operands, Options
 
 _SMALLEST = 64
-_first: dict[Hashable, tuple[int, int]] = {}
+_first: dict[Hashable, tuple[int, int, int]] = {}  # lengths of queries and keys, packed sequences
 
 
 def room(direction: str, x: Operands, options: Options) -> tuple[int, int] | None:
@@ -24,15 +24,24 @@ def room(direction: str, x: Operands, options: Options) -> tuple[int, int] | Non
     if os.environ.get("JFLASH_EXACT_LENGTHS") == "1":
         return None
     (B, Sq, H, D), (_, Sk, Hk, Dv) = x.q.shape, x.v.shape
-    rounded = _rounded(Sq), _rounded(Sk)
+    exact = Sq, Sk, _sequences(x)
+    rounded = _rounded(Sq), _rounded(Sk), _power_of_two(_sequences(x))
     others = tuple(None if t is None else tuple(n == 1 for n in t.shape) for t in x[3:])
     kind = (direction, x.q.device, x.q.dtype, B, H, Hk, D, Dv, others, options)
-    return None if (Sq, Sk) in (rounded, _first.setdefault(kind, (Sq, Sk))) else rounded
+    return None if exact in (rounded, _first.setdefault(kind, exact)) else rounded[:2]
 
 
 def _rounded(n: int) -> int:
     """A lone query or key stays alone."""
-    return n if n <= 1 else max(_SMALLEST, 1 << (n - 1).bit_length())
+    return n if n <= 1 else max(_SMALLEST, _power_of_two(n))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n else 0
+
+
+def _sequences(x: Operands) -> int:
+    return 0 if x.cu_seqlens is None else x.cu_seqlens.shape[2] - 1
 
 
 def pad_operands(x: Operands, Sq: int, Sk: int) -> Operands:
@@ -43,9 +52,8 @@ def pad_operands(x: Operands, Sq: int, Sk: int) -> Operands:
         bias=_pad_square(x.bias, Sq, Sk),
         mask=_pad_square(x.mask, Sq, Sk),
         q_segment_ids=None if x.q_segment_ids is None else pad(x.q_segment_ids, 1, Sq),
-        alibi_slopes=x.alibi_slopes
-        if x.alibi_slopes is None or x.alibi_slopes.dim() == 2
-        else pad(x.alibi_slopes, 2, Sq),
+        alibi_slopes=_pad_slopes(x.alibi_slopes, Sq),
+        cu_seqlens=_pad_sequences(x.cu_seqlens, _power_of_two(_sequences(x))),
         kv_segment_ids=None if x.kv_segment_ids is None else pad(x.kv_segment_ids, 1, Sk),
     )
 
@@ -57,6 +65,19 @@ def _pad_square(x: Tensor | None, Sq: int, Sk: int) -> Tensor | None:
     for axis, size in ((2, Sq), (3, Sk)):
         x = x if x.shape[axis] == 1 else pad(x, axis, size)
     return x
+
+
+def _pad_slopes(x: Tensor | None, Sq: int) -> Tensor | None:
+    """[B|1, H] stays, [B|1, H, Sq] is padded."""
+    return x if x is None or x.dim() == 2 else pad(x, 2, Sq)
+
+
+def _pad_sequences(x: Tensor | None, N: int) -> Tensor | None:
+    """[1, 2, n + 1] with empty sequences at the end, N in all."""
+    if x is None:
+        return None
+    ends = x[:, :, -1:].expand(-1, -1, N + 1 - x.shape[2])
+    return torch.cat([x, ends], dim=2)
 
 
 def pad(x: Tensor, axis: int, size: int) -> Tensor:

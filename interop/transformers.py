@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers import __version__ as installed
 
+from interop import _arguments
 from interop.attention import attention
 from interop.masks import Mask, Pattern, mask
 from interop.operands import Options
@@ -92,21 +93,23 @@ def attend(
             `output_attentions`: the weights are never in memory.
     """
     _check_the_rest(module, rest)
-    dense = None
-    if attention_mask is None:
-        key, value, pattern = _without_mask(module, query, key, value, is_causal)
-    elif isinstance(attention_mask, Mask):
+    by_length = cu_seq_lens_q is not None and cu_seq_lens_k is not None
+    dense, pattern = None, Pattern()
+    if isinstance(attention_mask, Mask):
         pattern = attention_mask.pattern
-    elif attention_mask.dim() == 4:
-        dense, pattern = attention_mask, Pattern()
-    else:
-        raise ValueError(f"attention_mask.shape={list(attention_mask.shape)} must have 4 axes")
+    elif attention_mask is not None:
+        dense = _dense(attention_mask)
+    elif query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        pattern = Pattern(right=0)
+        if not by_length:  # as sdpa has it: causal from the top left
+            key, value, right = causal_from_top_left(query.shape[2], key, value)
+            pattern = Pattern(right=right)
     if dense is None and sliding_window is not None:
         pattern = pattern.within(sliding_window - 1, sliding_window - 1)
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        pattern = _packed_by_length(pattern, query, key, cu_seq_lens_q, cu_seq_lens_k)
-    elif dense is None and pattern.segment_ids is None:
-        pattern = _packed_by_position(pattern, query, key, position_ids)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    cu_seqlens = _packed_by_length(q, k, cu_seq_lens_q, cu_seq_lens_k) if by_length else None
+    if not by_length and dense is None and pattern.segment_ids is None:
+        pattern = _packed_by_position(pattern, q, k, position_ids)
     options = Options(
         scale=scaling,
         left=pattern.left,
@@ -115,9 +118,16 @@ def attend(
         dropout_p=dropout,
         deterministic=bool(deterministic),
     )
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out, _ = attention(
-        q, k, v, options, attn_mask=dense, bias=position_bias, segment_ids=pattern.segment_ids, sinks=s_aux
+        q,
+        k,
+        v,
+        options,
+        attn_mask=dense,
+        bias=position_bias,
+        segment_ids=pattern.segment_ids,
+        sinks=s_aux,
+        cu_seqlens=cu_seqlens,
     )
     return out, None
 
@@ -130,22 +140,18 @@ def _check_the_rest(module: torch.nn.Module, rest: dict) -> None:
         raise NotImplementedError("output_attentions=True needs attn_implementation='eager'")
 
 
-def _without_mask(module, query: Tensor, key: Tensor, value: Tensor, is_causal: bool | None):
-    """key, value and pattern where there is no mask: what sdpa does with the layer's is_causal."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not causal or query.shape[2] == 1:
-        return key, value, Pattern()
-    key, value, right = causal_from_top_left(query.shape[2], key, value)
-    return key, value, Pattern(right=right)
+def _dense(mask: Tensor) -> Tensor:
+    if mask.dim() != 4:
+        raise ValueError(f"attention_mask.shape={list(mask.shape)} must have 4 axes")
+    return mask
 
 
-def _packed_by_position(pattern: Pattern, query: Tensor, key: Tensor, position_ids: Tensor | None) -> Pattern:
+def _packed_by_position(pattern: Pattern, q: Tensor, k: Tensor, position_ids: Tensor | None) -> Pattern:
     """With the sequences that start where a position is 0.
 
     Where there is a cache, Transformers leaves it to flash attention to find them, in a batch of one.
     """
-    tokens = query.shape[0], query.shape[2]
-    if position_ids is None or not (1, key.shape[2]) == tokens == position_ids.shape:
+    if position_ids is None or not (1, k.shape[1]) == q.shape[:2] == position_ids.shape:
         return pattern
     ids = (position_ids == 0).cumsum(-1)
     if not torch.compiler.is_compiling() and ids[0, -1] <= 1:
@@ -153,16 +159,10 @@ def _packed_by_position(pattern: Pattern, query: Tensor, key: Tensor, position_i
     return pattern._replace(segment_ids=(ids, ids))
 
 
-def _packed_by_length(pattern: Pattern, query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor) -> Pattern:
-    """With the sequences that start at cu_q and cu_k [n + 1], within the segments that there are."""
-    if query.shape[0] != 1:
-        raise ValueError(f"batch={query.shape[0]} must be 1 with cu_seq_lens_q")
-    banded = pattern.left >= 0 or pattern.right >= 0
-    if banded and cu_q is not cu_k and not torch.equal(cu_q, cu_k):
-        raise NotImplementedError("cu_seq_lens_q and cu_seq_lens_k must be equal in a causal or windowed layer")
-    found = []
-    for cu, x, outer in zip((cu_q, cu_k), (query, key), pattern.segment_ids or (0, 0), strict=True):
-        token = torch.arange(x.shape[2], device=cu.device)
-        sequence = torch.searchsorted(cu[1:].contiguous(), token, right=True)
-        found.append(outer * cu.numel() + sequence[None])
-    return pattern._replace(segment_ids=(found[0], found[1]))
+def _packed_by_length(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
+    """[1, 2, N + 1]: where N sequences start, in a batch of one."""
+    if q.shape[0] != 1:
+        raise ValueError(f"batch={q.shape[0]} must be 1 with cu_seq_lens_q")
+    cu_q = _arguments.cu_seqlens("cu_seq_lens_q", cu_q, q[0], None)
+    cu_k = _arguments.cu_seqlens("cu_seq_lens_k", cu_k, k[0], None)
+    return torch.stack([cu_q, cu_k]).to(torch.int32)[None]

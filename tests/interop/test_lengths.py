@@ -1,5 +1,6 @@
 """Changing lengths: few programs, the same results."""
 
+import itertools
 import random
 import warnings
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from interop import flash_attn_func, lengths, ops
+from interop import flash_attn_func, flash_attn_varlen_func, lengths, ops
 from interop.attention import attention
 from interop.operands import Operands, Options
 from tests.interop.cases import Recorded, by_jax, dropout_key, gradients, qkv
@@ -47,7 +48,7 @@ def test_a_growing_cache_compiles_eight_programs():
     """One query at a time, with and without a window."""
     for window in (-1, 40):
         before = ops.kernels().programs.copy()
-        for n in range(1, 300, 11):
+        for n in range(1, 300, 23):
             q, _, _ = qkv(1, B=1, Sq=1, D=8, grad=False)
             _, k, v = qkv(2, B=1, Sq=n, D=8, grad=False)
             out = flash_attn_func(q, k, v, window_size=(window, 0))
@@ -124,15 +125,18 @@ def test_exact_lengths_on_request(exact_lengths):
     assert (programs("forward", before), programs("backward", before)) == (2, 2)
 
 
-def test_many_shapes_warn_once():
+def test_many_shapes_warn_once(monkeypatch):
+    kernels = ops.kernels()
+    assert kernels.MANY == 16
+    monkeypatch.setattr(kernels, "MANY", 3)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        for B in range(1, 19):
+        for B in range(1, 6):
             flash_attn_func(*qkv(8, B=B, Sq=4, D=4, grad=False))
     messages = [str(w.message) for w in seen if "has compiled" in str(w.message)]
     assert len(messages) == 1
-    assert "16 programs for attention forwards that differ in their shapes only" in messages[0]
-    assert "B=16, Sq=4, Sk=4" in messages[0]
+    assert "3 programs for attention forwards that differ in their shapes only" in messages[0]
+    assert "B=3, Sq=4, Sk=4" in messages[0]
     assert "pad batches to a few sizes" in messages[0]
 
 
@@ -156,3 +160,25 @@ def test_nothing_of_it_shows_in_the_operators():
         flash_attn_func(*tensors)
     ((q, *_),) = recorded.calls
     assert q.shape == (2, 50, 4, 8)
+
+
+def test_packed_batches_compile_few_programs():
+    """Other totals and other numbers of sequences, forward and backward."""
+    g = torch.Generator().manual_seed(11)
+    before = ops.kernels().programs.copy()
+    for _ in range(8):
+        lengths = torch.randint(1, 30, (int(torch.randint(2, 9, (), generator=g)),), generator=g)
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        tensors = [x[0].detach().requires_grad_() for x in qkv(12, B=1, Sq=int(cu_seqlens[-1]), D=8)]
+        out = flash_attn_varlen_func(*tensors, cu_seqlens, cu_seqlens, causal=True)
+        each = [
+            flash_attn_func(*(x[None, i:j] for x in tensors), causal=True)[0]
+            for i, j in itertools.pairwise(cu_seqlens.tolist())
+        ]
+        torch.testing.assert_close(out, torch.cat(each), atol=1e-5, rtol=1e-5)
+        found, expected = gradients(out, tensors), gradients(torch.cat(each), tensors)
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    # Totals of up to 64, 128 and 256 tokens, of 2, 4 and 8 sequences; the sequences alone are up to 64 long.
+    assert programs("forward", before) <= 11
+    assert programs("backward", before) <= 11

@@ -306,6 +306,18 @@ def test_sequences_of_an_image_encoder():
         torch.testing.assert_close(out[:, i:j], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_sequences_with_more_keys_than_queries():
+    """Causal from the bottom right of each."""
+    q, _, _ = heads_first(Sq=6)
+    _, k, v = heads_first()
+    queries, keys = torch.tensor([0, 2, 3, 6]), torch.tensor([0, 4, 5, 13])
+    out, _ = attend(LAYER, q, k, v, None, cu_seq_lens_q=queries, cu_seq_lens_k=keys)
+    for n in range(3):
+        i, j = (slice(cu[n], cu[n + 1]) for cu in (queries, keys))
+        part = [x[:, :, s].transpose(1, 2) for x, s in ((q, i), (k, j), (v, j))]
+        torch.testing.assert_close(out[:, i], flash_attn_func(*part, causal=True), atol=1e-5, rtol=1e-5)
+
+
 def test_position_bias_is_added_and_has_a_gradient():
     q, k, v = heads_first()
     bias = torch.randn(1, 4, 13, 13, requires_grad=True)
@@ -406,9 +418,9 @@ RAISES = [
         r"attention_mask.shape=\[1, 13\] must have 4 axes",
     ),
     (
-        {"cu_seq_lens_q": torch.tensor([0, 4, 13]), "cu_seq_lens_k": torch.tensor([0, 5, 13])},
-        NotImplementedError,
-        "cu_seq_lens_q and cu_seq_lens_k must be equal in a causal or windowed layer",
+        {"cu_seq_lens_q": torch.tensor([0, 4, 13]), "cu_seq_lens_k": torch.tensor([0, 5, 14])},
+        ValueError,
+        r"cu_seq_lens_k=\[0, 5, 14\] must start at 0, never fall, and end at 13 or before",
     ),
 ]
 
