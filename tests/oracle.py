@@ -30,7 +30,9 @@ def inputs(seed, dtype, *, B=1, Sq=64, Sk=None, H=2, Hk=None, D=32, Dv=None, bia
         return {name: jnp.asarray(x, dtype) for name, x in found.items()}
 
 
-def assert_matches_oracle(arrays: dict, options: dict, implementation: str | None = None, attend=flash_attention):
+def assert_matches_oracle(
+    arrays: dict, options: dict, implementation: str | None = None, attend=flash_attention, strict=False
+):
     """Holds out, lse and every gradient of `attend` to the rule, with random cotangents for both outputs."""
     dtype = arrays["q"].dtype
     cotangents = _cotangents(arrays)
@@ -43,11 +45,11 @@ def assert_matches_oracle(arrays: dict, options: dict, implementation: str | Non
         ref = _everything(flash_attention, wide, cotangents, {**options, "implementation": "reference"})
     for name in ref:
         assert ours[name].dtype == low[name].dtype, f"{name}: {ours[name].dtype}, oracle {low[name].dtype}"
-        assert_close(name, ours[name], low[name], ref[name], dtype)
+        assert_close(name, ours[name], low[name], ref[name], dtype, strict)
 
 
-def assert_close(name: str, x, low, ref, dtype) -> None:
-    """The rule for one array."""
+def assert_close(name: str, x, low, ref, dtype, strict=False) -> None:
+    """The rule for one array; `strict` grants the rms of an array of some size no atol."""
     x, low, ref = (np.asarray(y, np.float64) for y in (x, low, ref))
     assert x.shape == ref.shape, f"{name}: shape {x.shape}, oracle {ref.shape}"
     assert np.array_equal(np.isneginf(x), np.isneginf(ref)), f"{name}: -inf in other places than the oracle"
@@ -59,7 +61,7 @@ def assert_close(name: str, x, low, ref, dtype) -> None:
     atol = _tolerance(ref, dtype)
     worst, allowed = np.abs(x - ref).max(), 2 * np.abs(low - ref).max() + atol
     assert worst <= allowed, f"{name}: max error {worst:.3g} > {allowed:.3g}"
-    rms, allowed = _rms(x - ref), 1.5 * _rms(low - ref) + atol
+    rms, allowed = _rms(x - ref), 1.5 * _rms(low - ref) + (0 if strict and x.size > 100 else atol)
     assert rms <= allowed, f"{name}: rms error {rms:.3g} > {allowed:.3g}"
 
 

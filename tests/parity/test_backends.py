@@ -38,16 +38,16 @@ WRONG = {
 FEATURES = {
     "head_dim=256": {"arrays": qkv(D=256)},
     "head_dim=72": {"arrays": qkv(D=72)},
-    "value head_dim=64": {"arrays": qkv(D=128, Dv=64)},
+    "head_dim=64": {"arrays": qkv(D=128, Dv=64)},
     "softcap": {"softcap": 30},
     "bias": {"bias": jnp.ones((S, S))},
     "mask": {"mask": jnp.ones((S, S), bool)},
     "segment_ids": {"segment_ids": jnp.ones((B, S), int)},
     "alibi_slopes": {"alibi_slopes": jnp.ones(H)},
     "sinks": {"sinks": jnp.ones(H)},
-    "dropout_rate=0.1": {"dropout_rate": 0.1, "dropout_key": KEY},
-    "scale=-1.0": {"scale": -1},
-    "deterministic=True": {"deterministic": True},
+    "dropout": {"dropout_rate": 0.1, "dropout_key": KEY},
+    "scale": {"scale": -1},
+    "deterministic": {"deterministic": True},
 }
 
 

@@ -24,12 +24,13 @@ SHAPES = {
     "head_dim_256": {"Sq": 40, "D": 256, "Dv": 1},
     "head_dim_1": {"Sq": 40, "D": 1, "Dv": 256},
 }
-B, SQ, SK, H = 2, 77, 100, 4
+B, SQ, SK, H = 2, 77, 100, 6
 ONE = {"B": B, "Sq": SQ, "Sk": SK, "H": H, "Hk": 2, "D": 24, "Dv": 16}
 
 
 def check(arrays, **options):
-    assert_matches_oracle(arrays, options, "xla")
+    strict = arrays["q"].dtype.itemsize == 2  # an atol of their roundings would hide statistics in 16 bits
+    assert_matches_oracle(arrays, options, "xla", strict=strict)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -101,9 +102,9 @@ def test_segment_ids_of_queries_and_keys():
     check(inputs(17, jnp.float32, **ONE), segment_ids=(q_ids, segments(18, B, SK)))
 
 
-@pytest.mark.parametrize("shape", [(H,), (B, H)], ids=str)
-def test_alibi(shape):
-    check(inputs(19, jnp.float32, **ONE), alibi_slopes=slopes(20, *shape), causal=True)
+@pytest.mark.parametrize(("shape", "causal"), [((H,), False), ((B, H), True)])
+def test_alibi(shape, causal):
+    check(inputs(19, jnp.float32, **ONE), alibi_slopes=slopes(20, *shape), causal=causal)
 
 
 @pytest.mark.parametrize("shape", [(H,), (B, H)], ids=str)

@@ -31,7 +31,7 @@ def calls(draw):
     sizes = {"B": B, "Sq": Sq, "Sk": Sk, "H": H, "Hk": Hk, "sinks": draw(st.booleans())}
     sizes |= {"D": draw(st.integers(1, 40)), "Dv": draw(st.integers(1, 40))}
     sizes["bias"] = draw(st.none() | square)
-    side = st.none() | st.integers(-1, 95)
+    side = st.none() | st.integers(-1, 40)
     options = {
         "causal": draw(st.booleans()),
         "window": draw(st.none() | st.tuples(side, side)),
@@ -49,11 +49,12 @@ def calls(draw):
     return sizes, options
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(calls(), st.sampled_from([jnp.float32, jnp.bfloat16]))
-def test_random_calls(call, dtype):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(call=calls())
+def test_random_calls(dtype, call):
     sizes, options = call
-    assert_matches_oracle(inputs(0, dtype, **sizes), options, "xla")
+    assert_matches_oracle(inputs(0, jnp.dtype(dtype), **sizes), options, "xla")
 
 
 def assert_same(ours, theirs, arrays, atol=2e-6):
