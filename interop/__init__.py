@@ -8,6 +8,14 @@ from interop.as_flash_attn import install_as_flash_attn
 from interop.bert_padding import pad_input, unpad_input, unpad_input_for_concatenated_sequences
 from interop.flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 from interop.kv_cache import flash_attn_with_kvcache
+from interop.linear import (
+    chunk_simple_gla,
+    flash_linear_attention,
+    fused_recurrent_simple_gla,
+    linear_attention,
+    normal_linear_attention,
+)
+from interop.linear_modules import NormLinearAttention, SRMSNorm, TransNormerBlock
 from interop.modules import MHA, FlashAttention, FlashCrossAttention, FlashSelfAttention
 from interop.rotary import RotaryEmbedding, apply_rotary_emb
 from interop.sdpa import scaled_dot_product_attention
@@ -18,8 +26,12 @@ __all__ = [
     "FlashAttention",
     "FlashCrossAttention",
     "FlashSelfAttention",
+    "NormLinearAttention",
     "RotaryEmbedding",
+    "SRMSNorm",
+    "TransNormerBlock",
     "apply_rotary_emb",
+    "chunk_simple_gla",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
@@ -27,7 +39,11 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "flash_linear_attention",
+    "fused_recurrent_simple_gla",
     "install_as_flash_attn",
+    "linear_attention",
+    "normal_linear_attention",
     "pad_input",
     "scaled_dot_product_attention",
     "unpad_input",

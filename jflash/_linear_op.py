@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,9 @@ from pallas_kernels.problem import LinearArrays, LinearProblem, LinearResults
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def attend(problem: LinearProblem, backend: str, arrays: LinearArrays) -> LinearResults:
     """out and the final state, differentiable in q, k, v, log_decay, a floating mask and the initial state."""
-    if backend == "reference":
-        results = backends.get(backend, backends.LINEAR).forward(problem, arrays)
-    else:
-        results = _attend(problem, backend, arrays)
-    return results._replace(norm=None)  # it has no cotangent of its own
+    chosen = backends.get(backend, backends.LINEAR)
+    results: Any = chosen.forward(problem, arrays) if chosen.backward is None else _attend(problem, backend, arrays)
+    return LinearResults(results.out, kv=results.kv, z=results.z)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -44,7 +43,7 @@ class _Wanted:
 
 def _attend_fwd(problem: LinearProblem, backend: str, arrays: LinearArrays):
     perturbed, arrays = _transforms.perturbed(arrays), _transforms.values(arrays)
-    results = _attend(problem, backend, arrays)
+    results: Any = _attend(problem, backend, arrays)
     wanted = _Wanted(log_decay=bool(perturbed.log_decay), mask=bool(perturbed.mask))
     return results, (arrays, results.out, results.norm, wanted)
 

@@ -173,7 +173,7 @@ def _gradients(way: Pass, task):
             leave=(spread(k, heads) * far_k).sum(axis=-1, keepdims=True),
             total=(decay.total * state * d_state).sum(axis=(-2, -1), keepdims=True),
         )
-        dg = linear_decay.gradient(g, through, way.reverse)
+        dg = linear_decay.gradient(through, way.reverse)
     dq, dk = gather(dq, p.Hq) + gather(far_q, p.Hq), gather(dk, p.Hk) + gather(far_k, p.Hk)
     return dq.astype(way.dtype), dk.astype(way.dtype), gather(dv, p.Hv).astype(way.dtype), dg
 

@@ -6,11 +6,12 @@ of a weak decay next to a strong one, and is NaN after a log decay of -inf.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jflash.xla.linear_heads import product
 
 _BLOCK = 16
 
@@ -37,21 +38,25 @@ def decay_of(g: jax.Array | None, size: int, dtype, reverse: bool, diagonal: boo
     return decay if diagonal else decay._replace(within=jnp.where(_eye(size), 0, decay.within))
 
 
-def gradient(g: jax.Array, cotangents: Decay, reverse: bool) -> jax.Array:
+def gradient(logs: Decay, reverse: bool) -> jax.Array:
     """The cotangent of g [..., C] from those of the logs of the factors."""
-    g = jnp.broadcast_to(g, cotangents.enter.shape[:-1])
-    _, pull = jax.vjp(functools.partial(_logs, reverse=reverse), g)
-    return pull(cotangents)[0]
+    if reverse:
+        logs = _flipped(logs)
+    enter, leave = logs.enter[..., 0], logs.leave[..., 0]
+    dg = _across(logs.within) + enter + _after(enter) + _before(leave) + logs.total[..., 0]
+    return jnp.flip(dg, axis=-1) if reverse else dg
 
 
 def _logs(g: jax.Array, reverse: bool) -> Decay:
     if reverse:
-        g = jnp.flip(g, axis=-1)
-    within, enter, leave = between(g), _up_to(g), _after(g)
-    total = enter[..., -1:, None]
-    if reverse:
-        within, enter, leave = jnp.flip(within, axis=(-2, -1)), jnp.flip(enter, axis=-1), jnp.flip(leave, axis=-1)
-    return Decay(within, enter[..., None], leave[..., None], total)
+        return _flipped(_logs(jnp.flip(g, axis=-1), reverse=False))
+    enter = _up_to(g)
+    return Decay(between(g), enter[..., None], _after(g)[..., None], enter[..., -1:, None])
+
+
+def _flipped(x: Decay) -> Decay:
+    """The same with time reversed."""
+    return Decay(jnp.flip(x.within, axis=(-2, -1)), jnp.flip(x.enter, axis=-2), jnp.flip(x.leave, axis=-2), x.total)
 
 
 def between(g: jax.Array) -> jax.Array:
@@ -71,6 +76,17 @@ def between(g: jax.Array) -> jax.Array:
     return jnp.where(jnp.tri(size, dtype=bool), sums, -jnp.inf)
 
 
+def _across(x: jax.Array) -> jax.Array:
+    """[..., C, C] -> [..., C], the sum of x[i, j] over j < s <= i: the transpose of `between`."""
+    size = x.shape[-1]
+    block = min(_BLOCK, size)
+    blocks = x.reshape(*x.shape[:-2], size // block, block, size)
+    own = product("is,...mij->...msj", jnp.tri(block, dtype=x.dtype), blocks)
+    later = product("nm,...nj->...mj", jnp.tri(size // block, k=-1, dtype=x.dtype), own[..., 0, :])
+    rows = (own + later[..., None, :]).reshape(x.shape)  # at [s, j]: summed over s <= i
+    return jnp.where(jnp.tri(size, k=-1, dtype=bool), rows, 0).sum(axis=-1)
+
+
 def _spans(x: jax.Array, last: bool) -> jax.Array:
     """[..., n] -> [..., n, n], the sum of x[s] over j < s < i, or j < s <= i if last."""
     n = x.shape[-1]
@@ -82,6 +98,11 @@ def _spans(x: jax.Array, last: bool) -> jax.Array:
 def _up_to(x: jax.Array) -> jax.Array:
     """Sums of what is not later, along the last axis."""
     return jnp.where(jnp.tri(x.shape[-1], dtype=bool), x[..., None, :], 0).sum(axis=-1)
+
+
+def _before(x: jax.Array) -> jax.Array:
+    """Sums of what is earlier, along the last axis."""
+    return jnp.where(jnp.tri(x.shape[-1], k=-1, dtype=bool), x[..., None, :], 0).sum(axis=-1)
 
 
 def _after(x: jax.Array) -> jax.Array:

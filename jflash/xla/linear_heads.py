@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jflash.xla.tiles import summed
+
 
 def spread(x: jax.Array, heads: int) -> jax.Array:
     """[B, Hx, ...] -> [B, H, ...]: head h is head h // (H / Hx) of x."""
@@ -16,7 +18,7 @@ def gather(x: jax.Array, heads: int) -> jax.Array:
     """[B, H, ...] -> [B, Hx, ...]: sums over the heads that share one, as the transpose of `spread`."""
     if x.shape[1] == heads:
         return x
-    return x.reshape(x.shape[0], heads, -1, *x.shape[2:]).sum(axis=2)
+    return summed(x.reshape(x.shape[0], heads, -1, *x.shape[2:]), axis=2).squeeze(2)
 
 
 def working_dtype(dtype) -> jnp.dtype:

@@ -20,7 +20,7 @@ from jflash.xla.tiles import add, largest_divisor, put, take
 from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem
 
 # Weights in flight: few stay in a CPU's cache, a GPU wants large products.
-_IN_FLIGHT = {"cpu": 2**20}
+_IN_FLIGHT = {"cpu": 2**18}
 _IN_FLIGHT_ELSEWHERE = 2**26
 BLOCK = 512  # queries and keys of a tile
 

@@ -1,5 +1,7 @@
 """Packed sequences: each as if alone, whatever lies around it."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ def test_packed_normalized_in_bfloat16():
 def test_each_sequence_as_if_alone():
     arrays = inputs(B=1, S=S, N=N, decay="token", state=True, Hq=2, Hk=1)
     out, state = linear_attention(**arrays, cu_seqlens=jnp.asarray(CU), return_state=True, chunk_size=16)
-    for n, (start, end) in enumerate(zip(CU[:-1], CU[1:], strict=True)):
+    for n, (start, end) in enumerate(itertools.pairwise(CU)):
         alone = {name: arrays[name][:, start:end] for name in ("q", "k", "v", "log_decay")}
         before = LinearAttentionState(arrays["initial_state"].kv[n : n + 1])
         expected, after = linear_attention(**alone, initial_state=before, return_state=True, chunk_size=16)
