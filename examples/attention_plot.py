@@ -98,9 +98,7 @@ def _status(field: str) -> float:
 def measure_apart(name: str, length: int) -> dict[str, float]:
     """`measure` in a new process."""
     command = [sys.executable, "-m", "examples.attention_plot", "--point", name, str(length)]
-    run = subprocess.run(
-        command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, check=True
-    )
+    run = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, check=True)
     point = json.loads(run.stdout)
     print(f"{name:<10} S {length:5d}  {point['ms']:8.1f} ms  {point['peak_mb']:7.0f} MB", flush=True)
     return point
@@ -145,15 +143,9 @@ def draw(points: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and peak memory of attention against sequence length.")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=LENGTHS, help="sequence lengths [512 to 8192]"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/attention.png"), help="the PNG [out/attention.png]"
-    )
-    parser.add_argument(
-        "--point", nargs=2, metavar=("NAME", "LENGTH"), help="measure one point here, print JSON"
-    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="sequence lengths [512 to 8192]")
+    parser.add_argument("--out", type=Path, default=Path("out/attention.png"), help="the PNG [out/attention.png]")
+    parser.add_argument("--point", nargs=2, metavar=("NAME", "LENGTH"), help="measure one point here, print JSON")
     args = parser.parse_args()
     if args.point:
         print(json.dumps(measure(args.point[0], int(args.point[1]))))

@@ -52,10 +52,7 @@ def test_links_lead_somewhere(link):
 
 
 def test_no_results_is_one_line(tmp_path):
-    assert (
-        readme.measurements(tmp_path)
-        == "Nothing has been measured yet: `python -m bench attention` measures."
-    )
+    assert readme.measurements(tmp_path) == "Nothing has been measured yet: `python -m bench attention` measures."
 
 
 def test_measurements_show_losing_rows_too(tmp_path):
@@ -84,8 +81,6 @@ def test_flops_are_shown_where_they_are(tmp_path):
 
 @pytest.mark.parametrize("tflops", [None, 500.0])
 def test_plot(tmp_path, tflops):
-    rows = [
-        row(impl, 2.0, d, tflops) for impl in ("jflash", "jflash:x", "peer") for d in ("forward", "backward")
-    ]
+    rows = [row(impl, 2.0, d, tflops) for impl in ("jflash", "jflash:x", "peer") for d in ("forward", "backward")]
     plots.draw(report(*rows), tmp_path / "plots" / "run.png")
     assert (tmp_path / "plots" / "run.png").read_bytes().startswith(b"\x89PNG")

@@ -124,6 +124,7 @@ def _join(p: AttentionProblem, t: Tile, x: jax.Array, length: int) -> jax.Array:
 
 def _cut(p: AttentionProblem, d_bias: jax.Array) -> jax.Array:
     """[B|1, Hk|1, G|1, Sq|1, Sk|1] with padding -> the bias's own shape."""
+    assert p.bias_shape is not None
     b, h, i, j = p.bias_shape
     return d_bias.reshape(b, h, *d_bias.shape[3:])[:, :, :i, :j]
 

@@ -40,18 +40,14 @@ def random_mask(*shape: int, dtype=np.float32) -> np.ndarray:
     ("arrays", "options"),
     [
         pytest.param(operands(Dv=24), {}, id="value_dim"),
-        pytest.param(
-            operands(bias=(1, 4, 37, 53)), {"mask": random_mask(2, 1, 1, 53)}, id="padding_mask_bias"
-        ),
+        pytest.param(operands(bias=(1, 4, 37, 53)), {"mask": random_mask(2, 1, 1, 53)}, id="padding_mask_bias"),
         pytest.param(operands(Hk=2), {"mask": random_mask(2, 4, 37, 53, dtype=bool)}, id="gqa_full_mask"),
         pytest.param(
             operands((2, 3), Sq=9, Sk=11, bias=(9, 11)),
             {"mask": random_mask(2, 1, 1, 1, 11)},
             id="two_batch_axes",
         ),
-        pytest.param(
-            operands((), Sq=9, Sk=11), {"mask": random_mask(9, 11, dtype=np.int32)}, id="no_batch_axis"
-        ),
+        pytest.param(operands((), Sq=9, Sk=11), {"mask": random_mask(9, 11, dtype=np.int32)}, id="no_batch_axis"),
         pytest.param(operands(Sq=37, Sk=37, Hk=1), {"is_causal": True}, id="causal_gqa"),
         pytest.param(operands(bias=(2, 1, 1, 53)), {"is_causal": True}, id="causal_more_keys"),
         pytest.param(
@@ -144,9 +140,7 @@ def largest_intermediate(f, *args) -> int:
 def _sizes(jaxpr):
     for eqn in jaxpr.eqns:
         yield from (math.prod(v.aval.shape) for v in eqn.outvars)
-        for value in jax.tree.leaves(
-            eqn.params, is_leaf=lambda x: isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
-        ):
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: isinstance(x, (core.Jaxpr, core.ClosedJaxpr))):
             if isinstance(value, core.ClosedJaxpr):
                 yield from _sizes(value.jaxpr)
             elif isinstance(value, core.Jaxpr):

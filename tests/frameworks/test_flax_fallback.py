@@ -22,9 +22,7 @@ mask[..., 0] = 1
 
 def operands(Hk=H, dtype=jnp.float32) -> dict:
     shapes = {"query": (B, Sq, H, D), "key": (B, Sk, Hk, D), "value": (B, Sk, Hk, D)}
-    return {
-        name: jnp.asarray(random(seed, *shape), dtype) for seed, (name, shape) in enumerate(shapes.items())
-    }
+    return {name: jnp.asarray(random(seed, *shape), dtype) for seed, (name, shape) in enumerate(shapes.items())}
 
 
 def doubled_dot_general(*args, **kwargs):
@@ -52,9 +50,7 @@ def test_an_override_of_the_products_is_called(override):
 
 def test_an_override_keeps_the_softmax_in_float32():
     x, options = operands(dtype=jnp.bfloat16), {"einsum_dot_general": doubled_dot_general}
-    out, theirs = (
-        f(**x, **options, force_fp32_for_softmax=True) for f in (attention_fn, linen.dot_product_attention)
-    )
+    out, theirs = (f(**x, **options, force_fp32_for_softmax=True) for f in (attention_fn, linen.dot_product_attention))
     assert np.array_equal(out, theirs)
     assert not np.array_equal(out, attention_fn(**x, **options))
 
@@ -123,7 +119,5 @@ def test_an_nnx_module_refuses_what_only_linen_has():
 )
 def test_options_that_flax_does_not_have_raise_there(argument, reason):
     for option in ({"softcap": 3.0}, {"causal": True}, {"implementation": "xla"}):
-        with pytest.raises(
-            NotImplementedError, match=f"{reason} needs Flax's own .* has no {next(iter(option))}="
-        ):
+        with pytest.raises(NotImplementedError, match=f"{reason} needs Flax's own .* has no {next(iter(option))}="):
             make_attention_fn(**option)(**operands(), **argument)

@@ -93,9 +93,7 @@ def test_nnx_module_in_bfloat16():
     parameters, theirs = nnx_apply(nnx_module(nnx_exact, **options), is_causal=True)
     _, low = nnx_apply(nnx_module(**options), is_causal=True)
     _, ours = nnx_apply(nnx_module(jflash.flax.attention_fn, **options), is_causal=True)
-    assert_as_accurate(
-        theirs, ours, in_bfloat16({"params": parameters, "x": random(1, B, S, FEATURES)}), low=low
-    )
+    assert_as_accurate(theirs, ours, in_bfloat16({"params": parameters, "x": random(1, B, S, FEATURES)}), low=low)
 
 
 def test_linen_decode_gives_what_the_whole_sequence_gives():
@@ -130,9 +128,7 @@ def test_linen_sows_weights():
     found = []
     for attention_fn in (linen.dot_product_attention, jflash.flax.attention_fn):
         module = linen_module(attention_fn)
-        out, state = module.apply(
-            linen_variables(), x, mask=padding, sow_weights=True, mutable=["intermediates"]
-        )
+        out, state = module.apply(linen_variables(), x, mask=padding, sow_weights=True, mutable=["intermediates"])
         found.append((out, *state["intermediates"]["attention_weights"]))
     assert found[1][1].shape == (B, HEADS, S, S)
     assert np.array_equal(found[0][0], found[1][0])
@@ -156,9 +152,7 @@ def test_linen_module_with_einsum_overrides():
     doubled = lambda: lambda *a, **kw: 2 * jnp.einsum(*a, **kw)  # noqa: E731
     options = {"qk_attn_weights_einsum_cls": doubled, "attn_weights_value_einsum_cls": doubled}
     theirs = linen_module(**options).apply(linen_variables(), x)
-    assert np.array_equal(
-        linen_module(jflash.flax.attention_fn, **options).apply(linen_variables(), x), theirs
-    )
+    assert np.array_equal(linen_module(jflash.flax.attention_fn, **options).apply(linen_variables(), x), theirs)
     assert not np.allclose(linen_module().apply(linen_variables(), x), theirs, atol=0.1)
 
 

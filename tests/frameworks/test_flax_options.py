@@ -16,9 +16,7 @@ from jflash.flax import make_attention_fn
 from tests.frameworks.rule import assert_same_function, random
 
 B, Sq, Sk, H, D = 2, 37, 53, 4, 16
-distance = (jnp.arange(Sq)[:, None] + Sk - Sq) - jnp.arange(
-    Sk
-)  # from a key to a query at the end of the keys
+distance = (jnp.arange(Sq)[:, None] + Sk - Sq) - jnp.arange(Sk)  # from a key to a query at the end of the keys
 slopes = np.asarray([0.5, 0.25, 0.125, 0.0625], np.float32)
 ids = np.sort(np.random.default_rng(1).integers(0, 3, (B, Sk)))
 visible = np.random.default_rng(5).random((B, 1, 1, Sk)) > 0.3
@@ -38,17 +36,13 @@ def capped(spec, query, key, cap=1.5):
     ("options", "theirs"),
     [
         pytest.param({"window": (9, 4)}, {"mask": (distance <= 9) & (distance >= -4)}, id="window"),
-        pytest.param(
-            {"causal": True, "window": (9, None)}, {"mask": (distance <= 9) & (distance >= 0)}, id="both"
-        ),
+        pytest.param({"causal": True, "window": (9, None)}, {"mask": (distance <= 9) & (distance >= 0)}, id="both"),
         pytest.param(
             {"segment_ids": (ids[:, -Sq:], ids)},
             {"mask": (ids[:, None, -Sq:, None] == ids[:, None, None, :])},
             id="segment_ids",
         ),
-        pytest.param(
-            {"alibi_slopes": slopes}, {"bias": -slopes[:, None, None] * np.abs(distance)}, id="alibi_slopes"
-        ),
+        pytest.param({"alibi_slopes": slopes}, {"bias": -slopes[:, None, None] * np.abs(distance)}, id="alibi_slopes"),
         pytest.param(
             {"softcap": 1.5},
             {"qk_attn_weights_einsum": capped, "attn_weights_value_einsum": jnp.einsum},
@@ -59,9 +53,7 @@ def capped(spec, query, key, cap=1.5):
 def test_equals_flax(options, theirs):
     mask = visible & theirs.get("mask", True)
     theirs = functools.partial(linen.dot_product_attention, **theirs | {"mask": mask})
-    ours = functools.partial(
-        make_attention_fn(**options, implementation="reference"), mask=visible.astype(np.float32)
-    )
+    ours = functools.partial(make_attention_fn(**options, implementation="reference"), mask=visible.astype(np.float32))
     assert_same_function(lambda x: theirs(**x), lambda x: ours(**x), operands())
 
 

@@ -20,9 +20,7 @@ B, S, H, D, LAYERS = 2, 31, 4, 16, 3
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_sharded_over_devices_gives_the_same():
@@ -45,9 +43,7 @@ def layer(x, weight):
 def loss_and_gradients(run):
     x, weights = random(0, B, S, H * D), random(1, LAYERS, 3, H * D, H * D) / (H * D) ** 0.5
     cotangent = random(2, B, S, H * D)
-    return jax.jit(jax.value_and_grad(lambda x, w: jnp.vdot(cotangent, run(x, w)), argnums=(0, 1)))(
-        x, weights
-    )
+    return jax.jit(jax.value_and_grad(lambda x, w: jnp.vdot(cotangent, run(x, w)), argnums=(0, 1)))(x, weights)
 
 
 def one_by_one(x, weights):
