@@ -119,7 +119,7 @@ def test_a_sink_of_minus_infinity_is_no_sink():
     found = run(mask=mask)(arrays | {"sinks": jnp.full(H, -jnp.inf)})
     assert (found.pop("dsinks") == 0).all()
     for name, x in found.items():
-        np.testing.assert_allclose(x, none[name], atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(x, none[name], atol=5e-6, err_msg=name)
 
 
 def test_large_scores():

@@ -123,14 +123,14 @@ def test_vmap_over_nothing():
 
 def test_jit_is_eager():
     arrays = operands(3)
-    assert_close(jax.jit(attend)(arrays), attend(arrays), atol=1e-6)
+    assert_close(jax.jit(attend)(arrays), attend(arrays), atol=5e-6)
 
 
 def test_options_may_be_static_arguments():
     q, k, v = normal(0, B, SQ, H, 8), normal(1, B, SK, 2, 8), normal(2, B, SK, 2, 8)
     jitted = jax.jit(flash_attention, static_argnames=("causal", "window", "scale", "implementation"))
     options = {"causal": True, "window": (5, 0), "scale": 0.5, "implementation": "xla"}
-    assert_close(jitted(q, k, v, **options), flash_attention(q, k, v, **options), atol=1e-6)
+    assert_close(jitted(q, k, v, **options), flash_attention(q, k, v, **options), atol=5e-6)
 
 
 @pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_saveable])
@@ -139,7 +139,7 @@ def test_checkpoint(policy):
     real, other = split(operands(4))
     plain = lambda real: attend({**real, **other})  # noqa: E731
     again = jax.checkpoint(plain, policy=policy)
-    assert_close(outputs_and_gradients(again)(real), outputs_and_gradients(plain)(real), atol=1e-6)
+    assert_close(outputs_and_gradients(again)(real), outputs_and_gradients(plain)(real), atol=5e-6)
 
 
 def test_scan_over_queries():
