@@ -16,7 +16,7 @@ from torch import Tensor
 from interop.operands import Operands, Options
 
 _SMALLEST = 64
-_first: dict[Hashable, tuple[int, int, int]] = {}  # lengths of queries and keys, packed sequences
+first: dict[Hashable, tuple[int, int, int]] = {}  # lengths of queries and keys, packed sequences
 
 
 def room(direction: str, x: Operands, options: Options) -> tuple[int, int] | None:
@@ -28,7 +28,7 @@ def room(direction: str, x: Operands, options: Options) -> tuple[int, int] | Non
     rounded = _rounded(Sq), _rounded(Sk), _power_of_two(_sequences(x))
     others = tuple(None if t is None else tuple(n == 1 for n in t.shape) for t in x[3:])
     kind = (direction, x.q.device, x.q.dtype, B, H, Hk, D, Dv, others, options)
-    return None if exact in (rounded, _first.setdefault(kind, exact)) else rounded[:2]
+    return None if exact in (rounded, first.setdefault(kind, exact)) else rounded[:2]
 
 
 def _rounded(n: int) -> int:

@@ -84,13 +84,13 @@ def mask(
 ) -> Tensor | None:
     """The mask that `transformers.masking_utils.sdpa_mask` returns for the same arguments, its None included.
 
-    A `Mask` where the pattern is known and outlives this forward's tracing.
+    A `Mask` where the pattern is known, but an ordinary tensor for the compiler.
     """
     pattern = None if torch.compiler.is_compiling() else _read(mask_function)
     banded = pattern is not None and (pattern.left >= 0 or pattern.right >= 0)
     last = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    compiled_decode = q_length == 1 and not allow_is_causal_skip
-    if pattern is None or (banded and not last) or compiled_decode:
+    into_compiled = q_length == 1 and not allow_is_causal_skip  # made here, taken by a compiled decoding step
+    if pattern is None or (banded and not last) or into_compiled:
         return masking_utils.sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
             allow_is_causal_skip=allow_is_causal_skip, device=device,

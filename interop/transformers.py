@@ -104,6 +104,7 @@ def attend(
         if not by_length:  # as sdpa has it: causal from the top left
             key, value, right = causal_from_top_left(query.shape[2], key, value)
             pattern = Pattern(right=right)
+            position_bias = None if position_bias is None else position_bias[..., : key.shape[2]]
     if dense is None and sliding_window is not None:
         pattern = pattern.within(sliding_window - 1, sliding_window - 1)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))

@@ -276,8 +276,8 @@ def test_first_call_is_before_any_jax_device():
 
 @pytest.mark.skipif(os.environ.get("JFLASH_PUBLIC_DLPACK") == "1", reason="this is that run")
 def test_all_of_this_over_the_public_entry_points():
-    """Layouts, copies, lives and types once more, over `jax.dlpack`."""
-    kept = "layout or copy or entry or released or 64 or absent"
+    """Copies, lives and types once more, over `jax.dlpack`."""
+    kept = "transposed or negated or copy or entry or released or 64 or absent"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", kept]
     found = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"JFLASH_PUBLIC_DLPACK": "1"}, check=False

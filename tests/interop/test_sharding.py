@@ -17,10 +17,8 @@ BATCH, HEADS, LENGTH, WHOLE = Shard(0), Shard(2), Shard(1), Replicate()
 # name: (placement of q, k, v; of out; the operands besides)
 CASES = {
     "batch": (BATCH, BATCH, ["bias", "sinks", "mask", "ids"]),
-    "heads": (HEADS, HEADS, ["bias", "sinks", "mask", "ids"]),
-    "bias_of_each_head": (HEADS, HEADS, ["head_bias"]),
+    "heads": (HEADS, HEADS, ["head_bias", "sinks", "mask", "ids"]),
     "length": (LENGTH, WHOLE, []),
-    "whole": (WHOLE, WHOLE, []),
 }
 OPTIONS = Options(right=0)
 

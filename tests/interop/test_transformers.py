@@ -277,6 +277,7 @@ def test_mask_is_a_tensor():
     assert isinstance(found, torch.Tensor)
     assert (found.shape, found.dtype, found.device.type) == ((2, 1, 5, 7), torch.bool, "cpu")
     assert found.contiguous() is found
+    assert type(found & found) is type(found[:, :, -3:]) is torch.Tensor
     assert found[0, 0].tolist() == [[2 <= j - i + 2 <= 4 for j in range(7)] for i in range(5)]
     assert found.sum() == 2 * 5 * 3
 
@@ -328,6 +329,17 @@ def test_position_bias_is_added_and_has_a_gradient():
     theirs, _ = sdpa_attention_forward(LAYER, **inputs, attention_mask=visible, position_bias=bias)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradients(ours, [bias]), gradients(theirs, [bias]), atol=1e-5, rtol=1e-5)
+
+
+def test_position_bias_of_a_static_cache():
+    """Its keys go on after the last query; no mask says so, only that the layer is causal."""
+    q, _, _ = heads_first(Sq=6)
+    _, k, v = heads_first()
+    bias = torch.randn(1, 4, 6, 13)
+    options = {"attention_mask": None, "is_causal": True, "position_bias": bias}
+    ours, _ = attend(LAYER, q, k, v, **options)
+    theirs, _ = sdpa_attention_forward(LAYER, q, k, v, **options)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_float_masks_are_added():
