@@ -53,6 +53,7 @@ def assert_close(name: str, x, low, ref, dtype, strict=False) -> None:
     x, low, ref = (np.asarray(y, np.float64) for y in (x, low, ref))
     assert x.shape == ref.shape, f"{name}: shape {x.shape}, oracle {ref.shape}"
     assert np.array_equal(np.isneginf(x), np.isneginf(ref)), f"{name}: -inf in other places than the oracle"
+    assert np.array_equal(np.isnan(x), np.isnan(ref)), f"{name}: NaN in other places than the oracle"
     finite = np.isfinite(ref)
     x, low, ref = x[finite], low[finite], ref[finite]
     if x.size == 0:
