@@ -113,7 +113,7 @@ class _FirstOrderOnly(torch.autograd.Function):
 def _forward(*args):
     operands, options = Operands(*args[:TENSORS]), Options(*args[TENSORS:])
     found = bridge.call(_kernels().forward, operands, x64=_x64(operands), options=options)
-    return _placed(operands, _results(operands, options), found)
+    return placed(operands, _results(operands, options), found)
 
 
 def _backward(*args):
@@ -123,7 +123,7 @@ def _backward(*args):
     rows = (d_out, _or_zeros(d_kv, kv), _or_zeros(d_z, z), out, None if normal is None else norm)
     static = {"x64": _x64(operands), "options": options, "wanted": wanted}
     found = bridge.call(_kernels().backward, (*rows, *operands), **static)
-    return _placed(operands, _gradients(operands, wanted), found)
+    return placed(operands, _gradients(operands, wanted), found)
 
 
 @functools.cache
@@ -160,7 +160,7 @@ def _gradients(x: Operands, wanted: tuple[bool, bool]) -> list[Tensor | None]:
     return [None if t is None or not here else t.new_empty(t.shape) for t, here in zip(x, there, strict=False)]
 
 
-def _placed(x: Operands, wanted: list[Tensor | None], found) -> tuple[Tensor, ...]:
+def placed(x: Operands, wanted: list[Tensor | None], found) -> tuple[Tensor, ...]:
     """What was found in the places where something is wanted, and empty tensors elsewhere."""
     rest = iter(found)
     return tuple(x.q.new_empty(0) if t is None else next(rest) for t in wanted)
@@ -179,17 +179,17 @@ torch.library.register_kernel("jflash::linear_backward", ("cpu", "cuda"), _backw
 def _fake_forward(*args):
     operands = Operands(*args[:TENSORS])
     results = _results(operands, Options(*args[TENSORS:]))
-    return _placed(operands, results, filter(torch.is_tensor, results))
+    return placed(operands, results, filter(torch.is_tensor, results))
 
 
 @torch.library.register_fake("jflash::linear_backward", lib=_library)
 def _fake_backward(*args):
     operands = Operands(*args[5 : 5 + TENSORS])
     grads = _gradients(operands, args[-2:])
-    return _placed(operands, grads, filter(torch.is_tensor, grads))
+    return placed(operands, grads, filter(torch.is_tensor, grads))
 
 
-def _one_after_another(operator):
+def one_after_another(operator):
     """A vmap rule that calls an operator for each example."""
 
     def rule(info, in_dims, *args):
@@ -202,5 +202,5 @@ def _one_after_another(operator):
     return rule
 
 
-torch.library.register_vmap("jflash::linear_forward", _one_after_another(linear_forward), lib=_library)
-torch.library.register_vmap("jflash::linear_backward", _one_after_another(linear_backward), lib=_library)
+torch.library.register_vmap("jflash::linear_forward", one_after_another(linear_forward), lib=_library)
+torch.library.register_vmap("jflash::linear_backward", one_after_another(linear_backward), lib=_library)
