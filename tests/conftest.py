@@ -10,7 +10,7 @@ import pytest
 os.environ.setdefault("PJRT_NPROC", "16")
 
 # Here a test function with many cases runs every third of them; `pytest -m slow` runs the others.
-THINNED = ("/linear/", "/l1/", "/varlen/", "/interop/test_transformers", "/interop/test_kvcache", "/interop/test_varlen")
+THINNED = ("/linear/", "/l1/", "/varlen/", *(f"/interop/test_{name}" for name in ("transformers", "kvcache", "varlen")))
 
 
 def pytest_collection_modifyitems(items):
