@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from bench import attention
+from bench import attention, linear
 
-BENCHMARKS = {"attention": attention}
+BENCHMARKS = {"attention": attention, "linear": linear}
 
 
 def main() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> results.Report:
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     on_gpu = device == "cuda"
-    peers = _available(device, args.impls)
+    peers = available(PEERS, device, args.impls)
     dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     name = jax.devices()[0].device_kind if on_gpu else results.cpu_name()
     report = results.new_report(name, matmul_tflops() if on_gpu else None)
@@ -92,9 +93,10 @@ def matmul_tflops(n: int = 8192) -> float:
     return 2 * n**3 / spread["matmul"].ms / 1e9
 
 
-def _available(device: str, wanted: list[str] | None) -> list[Peer]:
+def available(peers: Iterable[Peer], device: str, wanted: list[str] | None) -> list[Peer]:
+    """Those that can run here, of all or of the wanted names; says why of the others."""
     found = []
-    for peer in PEERS:
+    for peer in peers:
         if wanted is not None and peer.name not in wanted:
             continue
         reason = peer.why_not(device)
@@ -104,19 +106,24 @@ def _available(device: str, wanted: list[str] | None) -> list[Peer]:
     return found
 
 
-def _measure(peers: list[Peer], case: Case, dtype: str, direction: str, args, on_gpu: bool) -> list[results.Row]:
-    ready: dict[str, Timed] = {}
+def ready(peers: Iterable[Peer], case: Any, dtype: str, direction: str) -> dict[str, Timed]:
+    """The peers that can do a case, after a first run; says why of the others."""
+    found: dict[str, Timed] = {}
     for peer in peers:
         try:
             timed = peer.prepare(case, dtype, direction)
             timed.wait(timed.run())
-            ready[peer.name] = timed
+            found[peer.name] = timed
         except Exception as error:
             print(f"  {peer.name} {direction}: {type(error).__name__}: {str(error)[:160]}".replace("\n", " "))
+    return found
+
+
+def _measure(peers: list[Peer], case: Case, dtype: str, direction: str, args, on_gpu: bool) -> list[results.Row]:
     shape = dataclasses.asdict(case)
     flops = case.flops(direction)
     rows = []
-    for name, spread in interleaved(ready, args.rounds, args.seconds).items():
+    for name, spread in interleaved(ready(peers, case, dtype, direction), args.rounds, args.seconds).items():
         tflops = flops / spread.ms / 1e9 if on_gpu else None
         rows.append(
             results.Row("attention", direction, name, dtype, shape, **dataclasses.asdict(spread), tflops=tflops)

@@ -62,17 +62,17 @@ def jax_inputs(case: Case, dtype: str) -> tuple[jax.Array, ...]:
     return tuple(make(key, shape, jnp.dtype(dtype)) for key, shape in zip(keys, shapes, strict=True))
 
 
-def jax_peer(function: Callable[[Case], Callable]) -> Callable[[Case, str, str], Timed]:
-    """A peer from a maker of attention functions f(q, k, v) -> out on [B, S, H, D]."""
+def jax_peer(function: Callable[[Any], Callable], inputs: Callable = jax_inputs) -> Callable[[Any, str, str], Timed]:
+    """A peer from a maker of functions f(q, k, v) -> out on [B, S, H, D], or of what else `inputs` gives."""
 
-    def prepare(case: Case, dtype: str, direction: str) -> Timed:
+    def prepare(case: Any, dtype: str, direction: str) -> Timed:
         attend = function(case)
-        *qkv, cotangent = jax_inputs(case, dtype)
+        *qkv, cotangent = inputs(case, dtype)
         if direction == "forward":
             run = functools.partial(jax.jit(attend), *qkv)
         elif direction == "both":
-            both = jax.jit(lambda q, k, v, ct: jax.vjp(attend, q, k, v)[1](ct))
-            run = functools.partial(both, *qkv, cotangent)
+            both = jax.jit(lambda ct, *qkv: jax.vjp(attend, *qkv)[1](ct))
+            run = functools.partial(both, cotangent, *qkv)
         else:
             _, pull = jax.jit(functools.partial(jax.vjp, attend))(*qkv)
             run = functools.partial(jax.jit(lambda pull, ct: pull(ct)), pull, cotangent)
@@ -83,17 +83,17 @@ def jax_peer(function: Callable[[Case], Callable]) -> Callable[[Case, str, str],
     return prepare
 
 
-def torch_peer(function: Callable[[Case], Callable], heads_first: bool = False):
+def torch_peer(function: Callable[[Any], Callable], heads_first: bool = False, inputs: Callable = jax_inputs):
     """A peer from a maker of torch functions f(q, k, v) -> out on [B, S, H, D], or on [B, H, S, D]."""
 
-    def prepare(case: Case, dtype: str, direction: str) -> Timed:
+    def prepare(case: Any, dtype: str, direction: str) -> Timed:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         attend = function(case)
         tensors = []
-        for x in jax_inputs(case, "float32"):
-            t = torch.from_numpy(np.asarray(x).copy()).to(device, getattr(torch, dtype))
+        for x in inputs(case, dtype):
+            t = torch.from_numpy(np.array(x, np.float32)).to(device, getattr(torch, x.dtype.name))
             tensors.append(t.transpose(1, 2).contiguous() if heads_first else t)
         *qkv, cotangent = tensors
         wait = torch.cuda.synchronize if device == "cuda" else lambda: None

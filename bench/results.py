@@ -94,6 +94,8 @@ def label(shape: dict[str, Any]) -> str:
     text += f" H{s['H']}" + ("" if s["Hk"] == s["H"] else f"/{s['Hk']}")
     text += f" D{s['D']}" + ("" if s["Dv"] == s["D"] else f"/{s['Dv']}")
     text += " causal" if s.get("causal") else ""
+    text += f" decay by {s['decay']}" if s.get("decay") else ""
+    text += f" mask {s['mask'][0]}x{s['mask'][1]}" if s.get("mask") else ""
     return text + (f" window {s['window'][0]}" if s.get("window") else "")
 
 

@@ -118,6 +118,7 @@ def chunk_simple_gla(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
     reverse: bool = False,
@@ -129,24 +130,24 @@ def chunk_simple_gla(
         q, k: [B, T, H, K]. v: [B, T, H, V]; more heads of v or of q and fewer of the others: as in
             `linear_attention`.
         g: [B, T, H], a log decay for each token, or g_gamma: [H], one for all; at most one. Both have gradients.
-        initial_state: [N, H, K, V] in float32.
+        initial_state: [N, H, K, V] in float32, differentiable; states are [N, H, V, K] with state_v_first.
         cu_seqlens: integers [N + 1], with B = 1.
 
-    Returns: o [B, T, H, V] in q's dtype, and the final state [N, H, K, V] in float32, or None unless
-    output_final_state.
+    Returns: o [B, T, H, V] in q's dtype, and the final state in float32, or None unless output_final_state.
 
     Source: the signature of flash-linear-attention's function; Yang et al., arXiv 2312.06635.
     """
     if g is not None and g_gamma is not None:
         raise ValueError("g with g_gamma must be one or the other: log decays of each token, or of each head")
-    state = None if initial_state is None else (initial_state, None)
+    turn = (lambda x: x.mT) if state_v_first else (lambda x: x)
+    state = None if initial_state is None else (turn(initial_state), None)
     found = linear_attention(
         q, k, v, log_decay=g_gamma if g is None else g, scale=scale, initial_state=state, return_state=True,
         cu_seqlens=cu_seqlens, reverse=reverse, chunk_size=chunk_size,
     )  # fmt: skip
     assert isinstance(found, tuple)
     out, (kv, _) = found
-    return out, kv if output_final_state else None
+    return out, turn(kv) if output_final_state else None
 
 
 def fused_recurrent_simple_gla(
@@ -159,7 +160,9 @@ def fused_recurrent_simple_gla(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     reverse: bool = False,
+    state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_simple_gla` under the name and in the argument order of the token-by-token form: the same numbers."""
-    return chunk_simple_gla(q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens, reverse=reverse)
+    states = initial_state, output_final_state, state_v_first
+    return chunk_simple_gla(q, k, v, g, g_gamma, scale, *states, cu_seqlens, reverse=reverse)

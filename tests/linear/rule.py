@@ -71,8 +71,7 @@ def everything(attend, arrays: dict, **options) -> dict:
         cotangents = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), results)
         return results, pull(cotangents)[0]
 
-    compiler = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    results, grads = jax.jit(run, compiler_options=compiler)(arrays)
+    results, grads = jax.jit(run)(arrays)
     results = {"out": results} if not causal else {"out": results[0], **_named(results[1])}
     grads = {f"d{name}": x for name, x in (grads | _named(grads.pop("initial_state", None))).items()}
     return results | grads

@@ -19,14 +19,13 @@ def log_decays(kind: str, B=2, S=50, H=2) -> jax.Array:
 KINDS = ("strong", "huge", "weak", "weak beside huge")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize(("kind", "reverse"), [*((kind, False) for kind in KINDS), ("strong", True), (KINDS[-1], True)])
 def test_each_token(kind, reverse):
     arrays = inputs(state=True) | {"log_decay": log_decays(kind)}
     assert_matches_oracle(arrays, reverse=reverse, chunk_size=32)
 
 
-@pytest.mark.parametrize("g", [(-1e5, -1e-6), (-30.0, -3.0), (-80.0, 0.0)], ids=str)
+@pytest.mark.parametrize("g", [(-1e5, -1e-6), (-30.0, 0.0)], ids=str)
 def test_each_head(g):
     assert_matches_oracle(inputs(state=True) | {"log_decay": jnp.asarray(g)}, chunk_size=32)
 

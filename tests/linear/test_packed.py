@@ -8,21 +8,19 @@ import numpy as np
 import pytest
 
 from jflash import LinearAttentionState, linear_attention
-from tests.linear.rule import DECAYS, assert_matches_oracle, everything, inputs
+from tests.linear.rule import assert_matches_oracle, everything, inputs
 
 CU = (0, 1, 2, 30, 30, 47, 66)  # two of one token, an empty one; tokens 66 to 69 belong to none
 N, S = len(CU) - 1, 70
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize(("decay", "reverse"), [(None, False), ("head", False), ("token", False), ("token", True)])
 def test_packed(decay, reverse):
     arrays = inputs(B=1, S=S, N=N, decay=decay, state=True)
     assert_matches_oracle(arrays, cu_seqlens=jnp.asarray(CU), reverse=reverse, chunk_size=16)
 
 
-@pytest.mark.parametrize("decay", [None, "token"])
-@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalized"])
+@pytest.mark.parametrize(("decay", "normalize"), [(None, False), ("token", True)])
 def test_packed_both_sides(decay, normalize):
     arrays = inputs(B=1, S=S, decay=decay, positive=normalize)
     assert_matches_oracle(arrays, cu_seqlens=jnp.asarray(CU), causal=False, normalize=normalize, chunk_size=16)
@@ -45,7 +43,7 @@ def test_each_sequence_as_if_alone():
     assert not out[:, CU[-1] :].any()
 
 
-@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"normalize": True}, {"causal": False}], ids=str)
+@pytest.mark.parametrize("options", [{"normalize": True}, {"causal": False}], ids=str)
 def test_tokens_outside_are_not_read(options):
     """NaN after the last sequence changes nothing, and gets no gradient."""
     arrays = inputs(B=1, S=S, decay="token", positive=True)
@@ -58,7 +56,7 @@ def test_tokens_outside_are_not_read(options):
         assert not found[name][:, CU[-1] :].any(), name
 
 
-@pytest.mark.parametrize("cu", [(0, 70), (0, 0, 0), (0, 16, 32, 64), tuple(range(33))], ids=lambda cu: f"{len(cu) - 1}")
+@pytest.mark.parametrize("cu", [(0, 70), (0, 0, 0), tuple(range(33))], ids=lambda cu: f"{len(cu) - 1}")
 def test_other_packings(cu):
     arrays = inputs(B=1, S=S, N=len(cu) - 1, decay="head", state=True)
     assert_matches_oracle(arrays, cu_seqlens=jnp.asarray(cu), chunk_size=16)

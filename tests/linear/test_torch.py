@@ -102,6 +102,15 @@ def test_recurrent_name_packed_and_without_state():
     close((backwards,), (flipped.flip(1),))
 
 
+def test_states_with_values_first():
+    q, k, v, state = leaf(B, S, H, 8), leaf(B, S, H, 8), leaf(B, S, H, 6), leaf(B, H, 8, 6)
+    out, last = interop.chunk_simple_gla(q, k, v, initial_state=state, output_final_state=True)
+    turned, last_turned = interop.chunk_simple_gla(
+        q, k, v, initial_state=state.mT, output_final_state=True, state_v_first=True
+    )
+    close((turned, last_turned.mT), (out, last))
+
+
 def test_normalized_states_go_on():
     q, k = leaf(B, S, H, 8).detach().abs(), leaf(B, S, H, 8).detach().abs()
     v = leaf(B, S, H, 6).detach()
