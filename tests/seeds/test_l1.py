@@ -101,3 +101,18 @@ def test_expand_coo_ranks():
     coo, dst_mxlen, src_mxlen = l1attn.expandCoo(torch.tensor([[2, 0], [0, 1], [2, 1], [2, 3], [0, 0]]))
     assert coo.tolist() == [[2, 0, 0, 0], [0, 1, 0, 0], [2, 1, 1, 1], [2, 3, 2, 0], [0, 0, 1, 1]]
     assert (dst_mxlen, src_mxlen) == (3, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_matching_is_learned_sooner(seed):
+    """Its example, small: by step 1800 L1 solves the task, and dot-product attention has hardly begun."""
+    pytest.importorskip("optax")
+    from examples.l1_matching import ATTENTION, train
+
+    reciprocal, sink, _, dot_product = ATTENTION
+    loss = {name: train(name, seed, steps=1800)[-1] for name in (reciprocal, sink, dot_product)}
+    assert loss[reciprocal] < 0.1
+    assert loss[sink] < 0.25 * loss[dot_product]
+    assert loss[dot_product] > 0.1
