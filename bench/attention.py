@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bench import results
-from bench.peers import PEERS, Case, Peer
+from bench.peers import FEATURES, PEERS, Case, Peer
 from bench.timing import Timed, interleaved
 
 TOKENS, WIDTH = 16384, 2048  # B * S and H * D of the sweep
@@ -44,6 +44,13 @@ def others() -> Iterator[Case]:
             yield Case(TOKENS // s, s, s, 16, 16, 128, 128, causal)
 
 
+def features() -> Iterator[Case]:
+    """What each feature adds to plain causal attention, which is the first row of each head dim."""
+    for d in (128, 64):
+        for feature in (None, *FEATURES):
+            yield Case(4, 4096, 4096, WIDTH // d, WIDTH // d, d, d, True, feature=feature)
+
+
 def cpu() -> Iterator[Case]:
     for s in (2048, 4096):
         for causal in (False, True):
@@ -53,6 +60,7 @@ def cpu() -> Iterator[Case]:
 PRESETS = {
     "sweep": sweep,
     "others": others,
+    "features": features,
     "long": lambda: sweep(lengths=(8192,)),
     "foundation": lambda: sweep(dims=(128, 64), lengths=(8192,)),
     "cpu": cpu,
@@ -123,6 +131,7 @@ def _measure(peers: list[Peer], case: Case, dtype: str, direction: str, args, on
     shape = dataclasses.asdict(case)
     flops = case.flops(direction)
     rows = []
+    peers = [peer for peer in peers if case.feature is None or peer.features]
     for name, spread in interleaved(ready(peers, case, dtype, direction), args.rounds, args.seconds).items():
         tflops = flops / spread.ms / 1e9 if on_gpu else None
         rows.append(

@@ -33,6 +33,7 @@ class Case:
     Dv: int
     causal: bool = False
     window: tuple[int, int] | None = None
+    feature: str | None = None  # one of FEATURES, of ours alone
 
     @property
     def visible(self) -> int:
@@ -113,12 +114,28 @@ def torch_peer(function: Callable[[Any], Callable], heads_first: bool = False, i
     return prepare
 
 
-def _jflash(case: Case) -> Callable:
-    return functools.partial(flash_attention, causal=case.causal, window=case.window)
+FEATURES: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "softcap": lambda case: {"softcap": 30.0},
+    "alibi": lambda case: {"alibi_slopes": 2.0 ** -jnp.linspace(1, 8, case.H)},
+    "segments": lambda case: {"segment_ids": _segments(case)},
+    "sinks": lambda case: {"sinks": jnp.zeros(case.H)},
+    "deterministic": lambda case: {"deterministic": True},
+    "dropout": lambda case: {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)},
+    "bias": lambda case: {"bias": jnp.zeros((1, case.H, case.Sq, case.Sk), jnp.bfloat16)},
+    "mask": lambda case: {"mask": jnp.ones((case.B, 1, 1, case.Sk), bool)},
+}
 
 
-def _jflash_deterministic(case: Case) -> Callable:
-    return functools.partial(flash_attention, causal=case.causal, window=case.window, deterministic=True)
+def _segments(case: Case) -> jax.Array:
+    """Four of them, of equal length."""
+    ids = jnp.arange(case.Sq, dtype=jnp.int32) * 4 // case.Sq
+    return jnp.broadcast_to(ids, (case.B, case.Sq))
+
+
+def _jflash(case: Case, **options) -> Callable:
+    if case.feature is not None:
+        options |= FEATURES[case.feature](case)
+    return functools.partial(flash_attention, causal=case.causal, window=case.window, **options)
 
 
 def _jax_nn(implementation: str, case: Case) -> Callable:
@@ -187,6 +204,7 @@ class Peer:
     needs: tuple[str, ...]  # modules
     devices: tuple[str, ...]
     prepare: Callable[[Case, str, str], Timed]
+    features: bool = False  # of FEATURES
 
     def why_not(self, device: str) -> str | None:
         """Why it cannot run here at all."""
@@ -200,13 +218,13 @@ class Peer:
         return None
 
 
-def _peer(name: str, prepare: Any, *needs: str, devices=("cuda",)) -> Peer:
-    return Peer(name, needs, devices, prepare)
+def _peer(name: str, prepare: Any, *needs: str, devices=("cuda",), features=False) -> Peer:
+    return Peer(name, needs, devices, prepare, features)
 
 
 PEERS = (
-    _peer("jflash", jax_peer(_jflash), devices=("cpu", "cuda")),
-    _peer("jflash:deterministic", jax_peer(_jflash_deterministic)),
+    _peer("jflash", jax_peer(_jflash), devices=("cpu", "cuda"), features=True),
+    _peer("jflash:deterministic", jax_peer(functools.partial(_jflash, deterministic=True))),
     _peer("fa3", jax_peer(_fa3_jax), "dew_flash_attn"),
     _peer("fa3:torch", torch_peer(_fa3_torch), "fa3_fwd_interface"),
     _peer("cudnn:jax", jax_peer(functools.partial(_jax_nn, "cudnn"))),

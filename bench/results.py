@@ -96,7 +96,8 @@ def label(shape: dict[str, Any]) -> str:
     text += " causal" if s.get("causal") else ""
     text += f" decay by {s['decay']}" if s.get("decay") else ""
     text += f" mask {s['mask'][0]}x{s['mask'][1]}" if s.get("mask") else ""
-    return text + (f" window {s['window'][0]}" if s.get("window") else "")
+    text += f" window {s['window'][0]}" if s.get("window") else ""
+    return text + (f" {s['feature']}" if s.get("feature") else "")
 
 
 def show(report: Report) -> None:

@@ -26,25 +26,7 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
         (p.dropout_rate > 0, f"dropout_rate={p.dropout_rate} is not in the kernels"),
         (p.scale <= 0, f"scale={p.scale} must be > 0"),
     )
-    return next((reason for failed, reason in reasons if failed), unproven(p, direction))
-
-
-def unproven(p: AttentionProblem, direction: str) -> str | None:
-    """What the kernels do in the interpreter and compile, but no test on a GPU has yet passed. Tests lift it."""
-    features = {
-        "softcap": p.softcap is not None,
-        "segment_ids": p.segments,
-        "alibi_slopes": p.alibi,
-        "sinks": p.sinks,
-        "deterministic": p.deterministic and direction == "backward",
-        "key_ranges (packed sequences, caches)": p.key_ranges,
-    }
-    for name, asked in features.items():
-        if asked:
-            return f"{name}: in the kernels, but not yet proven on a GPU"
-    if p.D not in (64, 128) or p.D != p.Dv:
-        return f"head_dim={p.D} and value head_dim={p.Dv}: only 64 and 128, both alike, are proven on a GPU"
-    return None
+    return next((reason for failed, reason in reasons if failed), None)
 
 
 def forward(p: AttentionProblem, a: AttentionArrays) -> tuple[jax.Array, jax.Array]:

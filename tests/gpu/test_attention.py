@@ -37,7 +37,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("shape", "options"), CASES, ids=str)
-def test_matches_oracle(unproven, shape, options):
+def test_matches_oracle(shape, options):
     assert_matches_oracle(inputs(0, jnp.bfloat16, **SHAPES[shape]), options, "hopper")
 
 
@@ -56,7 +56,7 @@ FEATURES = {
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_features(unproven, name):
+def test_features(name):
     shape, options = FEATURES[name]
     assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), options, "hopper")
 
@@ -69,7 +69,7 @@ PACKED = {
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_packed_sequences(unproven, name):
+def test_packed_sequences(name):
     q_lengths, k_lengths, shape, options = PACKED[name]
     cu_q, cu_k = cu_seqlens(*q_lengths), cu_seqlens(*k_lengths)
     arrays = packed(0, jnp.bfloat16, Tq=sum(q_lengths), Tk=sum(k_lengths), **shape)
@@ -104,6 +104,27 @@ def test_same_bits_under_x64():
 
 def test_scale():
     assert_matches_oracle(inputs(2, jnp.bfloat16, Sq=512, D=128), dict(scale=0.7), "hopper")
+
+
+@pytest.mark.parametrize("shape", ["multi_query", "prime", "head_dims"])
+def test_deterministic(shape):
+    assert_matches_oracle(inputs(5, jnp.bfloat16, **SHAPES[shape]), dict(causal=True, deterministic=True), "hopper")
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_deterministic_gives_the_same_bits_250_times(D):
+    q, k, v = inputs(6, jnp.bfloat16, B=2, Sq=900, H=8, Hk=4, D=D).values()
+
+    def run(q, k, v):
+        out, pull = jax.vjp(
+            lambda *a: flash_attention(*a, causal=True, deterministic=True, implementation="hopper"), q, k, v
+        )
+        return out, *pull(jnp.sin(3 * out.astype(jnp.float32)).astype(out.dtype))
+
+    run = jax.jit(run)
+    first = run(q, k, v)
+    for n in range(250):
+        assert all(jnp.array_equal(x, y) for x, y in zip(first, run(q, k, v), strict=True)), n
 
 
 def test_vmap_is_a_loop():

@@ -70,8 +70,5 @@ def packed(q, k, v, *, sequences: int, **options):
 @contextlib.contextmanager
 def on_hopper():
     """A context in which calls think they will run on one."""
-    with (
-        mock.patch.object(backends, "target_of", return_value=hopper.TARGET),
-        mock.patch.object(hopper, "unproven", return_value=None),
-    ):
+    with mock.patch.object(backends, "target_of", return_value=hopper.TARGET):
         yield
