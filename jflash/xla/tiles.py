@@ -17,8 +17,8 @@ from jax import lax
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.problem import AttentionProblem
 
-# Scores in flight: 8 MB stays in a CPU's cache; a GPU wants large matrix products.
-_SCORES_IN_FLIGHT = {"cpu": 2**21}
+# Scores in flight: 2 MB stay in a CPU's cache; a GPU wants large matrix products.
+_SCORES_IN_FLIGHT = {"cpu": 2**19}
 _SCORES_IN_FLIGHT_ELSEWHERE = 2**26
 
 
