@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from bench import attention, linear
+from bench import attention, l1, linear
 
-BENCHMARKS = {"attention": attention, "linear": linear}
+BENCHMARKS = {"attention": attention, "l1": l1, "linear": linear}
 
 
 def main() -> None:

@@ -97,3 +97,10 @@ def test_generate_text_runs_as_a_program():
     out = run("examples.generate_text", "--steps", 3, "--length", 5, "--batch", 2)
     for said in ("JAX", "PyTorch", "tokens/s", "the same tokens"):
         assert said in out
+
+
+def test_l1_matching_runs_as_a_program(tmp_path):
+    plot = tmp_path / "plot.png"
+    out = run("examples.l1_matching", "--steps", 100, "--out", plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert out.count("after 100 steps") == 4

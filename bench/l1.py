@@ -1,0 +1,141 @@
+"""`python -m bench l1`: L1 attention beside torch.cdist and the formula in jnp, and the limit of its subtractions."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from bench import results
+from bench.attention import available, matmul_tflops, ready
+from bench.peers import Case, Peer, jax_peer, torch_peer
+from bench.timing import interleaved
+from jflash import flash_attention, l1_attention
+
+# An H100 adds 128 float32 numbers a clock on each of 132 processors, at 1.98 GHz.
+ADDITIONS_PER_MS = 128 * 132 * 1.98e6
+
+
+def goals() -> Iterator[Case]:
+    """The shapes that the goals are set on."""
+    yield Case(1, 4096, 4096, 16, 16, 64, 64)
+    yield Case(1, 2048, 2048, 8, 8, 128, 128)
+
+
+def others() -> Iterator[Case]:
+    """Causal, grouped heads, other head dims, odd lengths, long."""
+    yield Case(1, 4096, 4096, 16, 16, 64, 64, True)
+    yield Case(2, 4096, 4096, 16, 4, 32, 32, True)
+    yield Case(4, 1000, 1000, 8, 8, 64, 64)
+    yield Case(1, 65536, 65536, 1, 1, 64, 64)
+
+
+def cpu() -> Iterator[Case]:
+    yield Case(1, 2048, 2048, 8, 8, 64, 64)
+    yield Case(1, 2048, 2048, 8, 8, 128, 128)
+    yield Case(1, 2048, 2048, 8, 8, 64, 64, True)
+
+
+PRESETS = {"goals": goals, "others": others, "cpu": cpu}
+
+
+def _jflash(case: Case) -> Callable:
+    return lambda q, k, v: l1_attention(q, k, v, causal=case.causal)
+
+
+def _softmax(case: Case) -> Callable:
+    """Dot-product attention of the same shape, which is another function."""
+    return lambda q, k, v: flash_attention(q, k, v, causal=case.causal)
+
+
+def _formula(case: Case) -> Callable:
+    """What one writes in jnp."""
+    _check_plain(case)
+
+    def attend(q, k, v):
+        wide = jnp.promote_types(q.dtype, jnp.float32)
+        d = jnp.abs(q[:, :, None].astype(wide) - k[:, None].astype(wide)).sum(axis=-1)
+        weights = jax.nn.softmax(-d * case.D**-0.5, axis=2)
+        return jnp.einsum("btsh,bshw->bthw", weights.astype(v.dtype), v)
+
+    return attend
+
+
+def _cdist(case: Case) -> Callable:
+    """What one writes in torch; cdist knows no 16-bit types."""
+    import torch
+
+    _check_plain(case)
+
+    def attend(q, k, v):
+        d = torch.cdist(q.transpose(1, 2).float(), k.transpose(1, 2).float(), p=1)
+        weights = (-d * case.D**-0.5).softmax(-1).to(v.dtype)
+        return (weights @ v.transpose(1, 2)).transpose(1, 2)
+
+    return attend
+
+
+def _check_plain(case: Case) -> None:
+    """Without a mask or groups, and with scores that fit the memory a few times over."""
+    if case.causal or case.H != case.Hk:
+        raise NotImplementedError("the formula is without a mask and groups")
+    scores, most = case.B * case.H * case.Sq * case.Sk, 2e9 if jax.default_backend() == "gpu" else 3e8
+    if scores > most:
+        raise NotImplementedError(f"{scores:.1g} scores in memory must be <= {most:.1g}")
+
+
+BOTH = ("cpu", "cuda")
+PEERS = (
+    Peer("jflash", (), BOTH, jax_peer(_jflash)),
+    Peer("torch cdist", ("torch",), BOTH, torch_peer(_cdist)),
+    Peer("jnp formula", (), BOTH, jax_peer(_formula)),
+    Peer("jflash:softmax", (), BOTH, jax_peer(_softmax)),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cases", nargs="+", choices=PRESETS, help="what to run [goals on a GPU, else cpu]")
+    parser.add_argument("--directions", nargs="+", choices=("forward", "backward", "both"))
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--impls", nargs="+", help="only these implementations [all that are installed]")
+    parser.add_argument("--rounds", type=int, default=5, help="turns each implementation gets [5]")
+    parser.add_argument("--seconds", type=float, default=0.1, help="length of a turn [0.1]")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+
+
+def main(args: argparse.Namespace) -> results.Report:
+    on_gpu = jax.default_backend() == "gpu"
+    peers = available(PEERS, "cuda" if on_gpu else "cpu", args.impls)
+    name = jax.devices()[0].device_kind if on_gpu else results.cpu_name()
+    report = results.new_report(name, matmul_tflops() if on_gpu else None)
+    for preset in args.cases or (["goals"] if on_gpu else ["cpu"]):
+        for case in PRESETS[preset]():
+            for dtype in args.dtype or (["float32", "bfloat16"] if on_gpu else ["float32"]):
+                for direction in args.directions or (["forward", "backward"] if on_gpu else ["forward"]):
+                    report.rows += _measure(peers, case, dtype, direction, args)
+                    if args.out:
+                        report.save(args.out)  # a run that is cut off leaves what it measured
+    results.show(report)
+    return report
+
+
+def _measure(peers: list[Peer], case: Case, dtype: str, direction: str, args) -> list[results.Row]:
+    shape = dataclasses.asdict(case)
+    timed = interleaved(ready(peers, case, dtype, direction), args.rounds, args.seconds)
+    rows = [
+        results.Row("l1", direction, name, dtype, shape, **dataclasses.asdict(spread)) for name, spread in timed.items()
+    ]
+    line = "  ".join(f"{row.impl} {row.ms:.2f}ms" for row in rows)
+    print(f"{dtype} {results.label(shape)} {direction}: {line}{_limit(case, direction)}", flush=True)
+    return rows
+
+
+def _limit(case: Case, direction: str) -> str:
+    """A subtraction and an addition for each feature of each pair, on an H100 that does nothing else."""
+    if jax.default_backend() != "gpu" or direction != "forward":
+        return ""
+    return f"  two instructions {2 * case.B * case.H * case.visible * case.D / ADDITIONS_PER_MS:.2f}ms"
