@@ -38,6 +38,7 @@ class AttentionProblem:
     mask_shape: tuple[int, int, int, int] | None = None
     segments: bool = False
     key_ranges: bool = False  # each query brings its own keys, so left and right are None
+    page: int | None = None  # of a cache with a page table: keys in a page
     alibi: bool = False
     sinks: bool = False
     dropout_rate: float = 0.0
@@ -92,7 +93,7 @@ class CacheArrays(NamedTuple):
     q: jax.Array  # [B, Sq, H, D]
     k: jax.Array  # [N, page, Hk, D]
     v: jax.Array  # [N, page, Hk, Dv]; where no query sees a key anything may lie, NaN too
-    key_ranges: jax.Array  # [B, 3, Sq] int32, as in AttentionArrays
+    key_ranges: jax.Array  # [B, 3, Sq] int32, as in AttentionArrays; limits rise from query to query
     pages: jax.Array | None = None  # [B, Sk / page] int32: which rows are an entry's, in order; None: its own
     alibi_slopes: jax.Array | None = None  # [B|1, H] float32
     sinks: jax.Array | None = None  # [B|1, H] floating point

@@ -27,12 +27,16 @@ class ForwardTile:
 
 @dataclasses.dataclass(frozen=True)
 class BackwardTile:
-    """block_kv keys a CTA, 64 for each of two consumers; block_q queries a step."""
+    """block_kv keys a CTA, block_q queries a step.
+
+    The two consumers take 64 keys each, or with `roles` the same 64 keys and other products.
+    """
 
     block_q: int
     block_kv: int = 128
     stages: int = 2
     ds_stages: int = 2
+    roles: bool = False
     split_rows: bool = False  # the two consumers share a dQ tile by rows, else by columns
     registers: int = 240
     producer_registers: int = 24
@@ -45,12 +49,16 @@ FORWARD = {
         block_kv=128, warpgroups=3, stages=3, registers=160, producer_registers=32, persistent=True
     ),
     128: ForwardTile(block_kv=128, persistent=True),  # 630 / 606
+    192: ForwardTile(block_kv=64, persistent=True),
+    256: ForwardTile(block_kv=64, persistent=True, out_in_q=True, spill_bytes=72),
 }
 
 
 BACKWARD = {
     64: BackwardTile(block_q=128, split_rows=True, spill_bytes=104),  # 526 / 460
     128: BackwardTile(block_q=64, spill_bytes=40),  # 578 / 555
+    192: BackwardTile(block_q=64, block_kv=64, ds_stages=1, roles=True),
+    256: BackwardTile(block_q=64, block_kv=64, ds_stages=1, roles=True, spill_bytes=32),
 }
 
 

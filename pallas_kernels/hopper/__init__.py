@@ -18,8 +18,14 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
     reasons = (
         (p.target != TARGET, f"target={p.target} must be {TARGET}, an NVIDIA Hopper GPU"),
         (p.dtype not in ("bfloat16", "float16"), f"dtype={p.dtype} must be bfloat16 or float16"),
-        (p.D > 128, f"head_dim={p.D} must be <= 128"),
-        (padded(p.D) != padded(p.Dv), f"head_dim={p.D} and value head_dim={p.Dv} must pad to one multiple of 64"),
+        (
+            padded(p.D) != padded(p.Dv) and max(padded(p.D), padded(p.Dv)) != 192,
+            f"head_dim={p.D} and value head_dim={p.Dv} must pad to one multiple of 64, or the larger to 192",
+        ),
+        (
+            p.deterministic and direction == "backward" and max(p.D, p.Dv) > 128,
+            f"deterministic=True with head_dim={max(p.D, p.Dv)} must be <= 128",
+        ),
         (p.bias_shape is not None, "bias is not in the kernels"),
         (p.mask_shape is not None, "mask is not in the kernels"),
         (p.key_ranges and p.alibi, "alibi_slopes with packed sequences or caches are not in the kernels"),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,20 +26,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
-from pallas_kernels.parts import (
-    barriers,
-    descriptors,
-    masking,
-    query_rows,
-    ranges,
-    register_order,
-    schedule,
-    scores,
-    softmax,
-    tma,
-)
+from pallas_kernels.parts import barriers, descriptors, key_rows, masking, register_order, schedule, tma
 from pallas_kernels.parts.barriers import NamedBarrier
-from pallas_kernels.parts.ranges import Range
+from pallas_kernels.parts.key_rows import Block, KeyRows, Walk, over_rows
 from pallas_kernels.parts.schedule import Schedule, Work
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
 from pallas_kernels.tiles import BackwardTile
@@ -61,18 +51,28 @@ class Plan:
         return -(-self.problem.Sq // self.tile.block_q)
 
     @property
+    def block(self) -> Block:
+        return Block(self.tile.block_kv, self.tile.block_q)
+
+    @property
     def dq_tile(self) -> tuple[int, int]:
-        """Rows and columns of the part of a dQ tile that one consumer forms."""
+        """Rows and columns of a part of a dQ tile, as a consumer forms it."""
         columns = tiles.padded(self.problem.D)
+        if self.tile.roles:
+            return self.tile.block_q, 64
         if self.tile.split_rows:
             return self.tile.block_q // CONSUMERS, columns
         return self.tile.block_q, columns // CONSUMERS
 
     @property
+    def dq_parts(self) -> int:
+        return self.tile.block_q * tiles.padded(self.problem.D) // math.prod(self.dq_tile)
+
+    @property
     def dq_shape(self) -> tuple[int, ...]:
-        """The float32 buffer: a part for each consumer, in register order."""
+        """The float32 buffer, part by part, in register order."""
         p = self.problem
-        return (p.B, p.H, self.query_blocks, CONSUMERS, *register_order.memory_shape(*self.dq_tile))
+        return (p.B, p.H, self.query_blocks, self.dq_parts, *register_order.memory_shape(*self.dq_tile))
 
     @property
     def meeting(self) -> NamedBarrier:
@@ -144,7 +144,7 @@ def attention_backward(
     k, v = (tma.fit(x, plan.tile.block_kv) for x in (a.k, a.v))
     inputs = {
         **{"q_gmem": q, "k_gmem": k, "v_gmem": v, "do_gmem": d_out, "lse_gmem": lse2, "delta_gmem": delta},
-        **_features(plan, a),
+        **key_rows.inputs(p, a, plan.block),
         **({} if dq is None else {"dq_gmem": dq}),
     }
     kernel = _compat.kernel(
@@ -161,14 +161,6 @@ def attention_backward(
     return dk[:, : p.Sk, :, : p.D], dv[:, : p.Sk, :, : p.Dv]
 
 
-def _features(plan: Plan, a: AttentionArrays) -> dict[str, jax.Array]:
-    """What the call has beyond the usual, as the kernel wants it."""
-    found = query_rows.inputs(plan.problem, a, plan.tile.block_q, plan.tile.block_kv)
-    if "visits_gmem" in found:
-        found["visitors_gmem"] = ranges.visitors(found["visits_gmem"], plan.schedule.blocks)
-    return found
-
-
 def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
     tile = tiles.backward_tile(p)
     # Ascending blocks: the first keys have the longest walk.
@@ -182,7 +174,7 @@ def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
     return Plan(p, tile, order, tma.is_ragged(p), interpret)
 
 
-def _tile_types(plan: Plan) -> dict[str, tma.TileType]:
+def tile_types(plan: Plan) -> dict[str, tma.TileType]:
     p, t = plan.problem, plan.tile
     return {
         "q_smem": plan.tile_type(t.stages, t.block_q, p.D),
@@ -194,15 +186,9 @@ def _tile_types(plan: Plan) -> dict[str, tma.TileType]:
 
 def _scratch(plan: Plan) -> dict[str, Any]:
     p, t = plan.problem, plan.tile
-    types = _tile_types(plan)
+    types = tile_types(plan)
     smem = {name: x.scratch for name, x in types.items()}
-    ids = int(p.segments)  # they travel with K and with Q
-    if ids:
-        smem["kv_ids_smem"] = plgpu.SMEM((t.block_kv,), jnp.int32)
-        smem["q_ids_smem"] = plgpu.SMEM((t.stages, t.block_q), jnp.int32)
-    limits = int(p.key_ranges)
-    if limits:
-        smem["limits_smem"] = plgpu.SMEM((t.stages, 2, t.block_q), jnp.int32)
+    with_q, with_kv = key_rows.copies(p)
     dq_barriers = {}
     if not p.deterministic:
         smem["ds_smem"] = plgpu.SMEM((t.ds_stages, t.block_kv, t.block_q), jnp.dtype(p.dtype), transforms=tma.TILED)
@@ -210,10 +196,11 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         dq_barriers = {"dq_full": plan.dq_full.scratch, "dq_empty": plan.dq_empty.scratch}
     return {
         **smem,
+        **key_rows.scratch(p, t.stages, plan.block),
         "lse_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
         "delta_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
-        "kv_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks + types["v_smem"].chunks + ids),
-        "q_full": plgpu.Barrier(num_arrivals=types["q_smem"].chunks + 1 + ids + limits, num_barriers=t.stages),
+        "kv_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks + types["v_smem"].chunks + with_kv),
+        "q_full": plgpu.Barrier(num_arrivals=types["q_smem"].chunks + 1 + with_q, num_barriers=t.stages),
         "q_do_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=t.stages),
         "do_full": plgpu.Barrier(num_arrivals=types["do_smem"].chunks + 1, num_barriers=t.stages),
         "meeting": plan.meeting.scratch,
@@ -221,43 +208,15 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     }
 
 
-class Walk(NamedTuple):
-    """The query blocks of a CTA: those of `rows`, for each query head of the group in turn."""
-
-    rows: Range
-    steps: jax.Array
-    first_head: jax.Array
-    group: int
-
-    def at(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Query head and query block of a step."""
-        if self.group == 1:
-            return self.first_head, self.rows.lo + step
-        each = jnp.maximum(self.rows.hi - self.rows.lo, 1)
-        return self.first_head + lax.div(step, each), self.rows.lo + lax.rem(step, each)
-
-
 def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
-    p = plan.problem
-    tiles_smem = {name: x.view(scratch[name]) for name, x in _tile_types(plan).items()}
+    tiles_smem = {name: x.view(scratch[name]) for name, x in tile_types(plan).items()}
     refs = Refs(**dict(zip(names, gmem, strict=True)), **{**scratch, **tiles_smem})
     work = plan.schedule.work(lax.axis_index("cta"))
-    rows = _query_blocks(plan, refs, work)
-    walk = Walk(rows, (rows.hi - rows.lo) * p.group, work.h * p.group, p.group)
+    walk = key_rows.walk(plan.problem, refs, work, plan.block)
     wg = lax.axis_index("wg")
     consume = functools.partial(_consumer, plan, refs, work, walk, wg)
     serve = functools.partial(_servants, plan, refs, work, walk, wg - CONSUMERS)
     lax.cond(wg < CONSUMERS, consume, serve)
-
-
-def _query_blocks(plan: Plan, refs: Refs, work: Work) -> Range:
-    """The query blocks that see a CTA's keys."""
-    t = plan.tile
-    if refs.visitors_gmem is None:
-        return ranges.query_blocks(plan.problem, work.block * t.block_kv, t.block_kv, t.block_q)
-    b = tma.batch_entry(refs.visitors_gmem, work.b)
-    lo, hi = (refs.visitors_gmem[b, work.block, n] for n in range(2))
-    return Range(lo, lo, hi, hi)  # `_hide` asks each query block what of it needs a mask
 
 
 def _servants(plan: Plan, refs: Refs, work: Work, walk: Walk, index) -> None:
@@ -272,9 +231,7 @@ def _loader(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
     row = work.block * t.block_kv
     refs.k_smem.load(refs.k_gmem, work.b, row, work.h, 0, refs.kv_full)
     refs.v_smem.load(refs.v_gmem, work.b, row, work.h, 0, refs.kv_full)
-    if refs.kv_ids_gmem is not None:
-        ids = refs.kv_ids_gmem.at[tma.batch_entry(refs.kv_ids_gmem, work.b), pl.ds(row, t.block_kv)]
-        plgpu.copy_gmem_to_smem(ids, refs.kv_ids_smem, refs.kv_full)
+    key_rows.load_keys(refs, work.b, row, refs.kv_full, plan.block)
 
     def load_block(step, _):
         slot = lax.rem(step, t.stages)
@@ -288,12 +245,7 @@ def _loader(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
 
         refs.q_smem.load(refs.q_gmem, work.b, row, head, slot, refs.q_full.at[slot])
         plgpu.copy_gmem_to_smem(refs.lse_gmem.at[statistics], refs.lse_smem.at[slot], refs.q_full.at[slot])
-        if refs.q_ids_gmem is not None:
-            ids = refs.q_ids_gmem.at[tma.batch_entry(refs.q_ids_gmem, work.b), pl.ds(row, t.block_q)]
-            plgpu.copy_gmem_to_smem(ids, refs.q_ids_smem.at[slot], refs.q_full.at[slot])
-        if refs.limits_gmem is not None:
-            limits = refs.limits_gmem.at[tma.batch_entry(refs.limits_gmem, work.b), :, pl.ds(row, t.block_q)]
-            plgpu.copy_gmem_to_smem(limits, refs.limits_smem.at[slot], refs.q_full.at[slot])
+        key_rows.load(refs, work.b, row, slot, refs.q_full.at[slot], plan.block)
 
         refs.do_smem.load(refs.do_gmem, work.b, row, head, slot, refs.do_full.at[slot])
         plgpu.copy_gmem_to_smem(refs.delta_gmem.at[statistics], refs.delta_smem.at[slot], refs.do_full.at[slot])
@@ -389,29 +341,14 @@ def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, s_a
     plgpu.barrier_wait(refs.do_full.at[slot])
     running = tma.transposed_product(dp_acc, refs.v_smem, 0, refs.do_smem, slot, rows=mine)
     products = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
-    s, factor, slope = _modify(plan, refs, work, walk, wg, step, products)
-    if refs.limits_smem is None:
-        s = _hide(plan, work, walk, wg, step, s)
-    else:
-        s = _hide_by_limits(plan, refs, work, walk, wg, step, slot, s)
-    if refs.kv_ids_smem is not None:
-        key_ids = _compat.load(refs.kv_ids_smem.at[pl.ds(wg * 64, 64)], softmax.ROWS)
-        s = masking.hide_other_segments(s, key_ids, _compat.load(refs.q_ids_smem.at[slot], masking.COLUMNS))
+    rows = KeyRows(work, walk, plan.block, wg * 64)
+    s, factor, slope = key_rows.scored(p, refs, rows, step, slot, products, plan.interpret)
     weights = jnp.exp2(s * factor - over_rows(lse2, s.shape))
     rounded = weights.astype(p.dtype)
     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
     delta = _compat.load(refs.delta_smem.at[slot], masking.COLUMNS)
     ds = weights * (dp - over_rows(delta, dp.shape))
     return rounded, (ds if slope is None else ds * slope).astype(p.dtype)
-
-
-def _modify(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, products) -> scores.Scores:
-    """Softcap and ALiBi on a tile of K Q^T."""
-    p, t = plan.problem, plan.tile
-    head, block = walk.at(step)
-    slope = None if refs.slopes_gmem is None else refs.slopes_gmem[tma.batch_entry(refs.slopes_gmem, work.b), head]
-    apart = work.block * t.block_kv + wg * 64 - (block * t.block_q + p.offset)
-    return scores.modify(p, products, slope, apart, plan.interpret)
 
 
 def _dq_product(plan: Plan, refs: Refs, wg, step, ds_slot, dq_acc) -> None:
@@ -425,47 +362,3 @@ def _dq_product(plan: Plan, refs: Refs, wg, step, ds_slot, dq_acc) -> None:
         ds = refs.ds_smem.at[ds_slot]
         k = refs.k_smem.columns(0, (wg + zero) * columns, columns)
     plgpu.wgmma(dq_acc, ds.transpose((1, 0)), k)
-
-
-def _hide(plan: Plan, work: Work, walk: Walk, wg, step, s) -> jax.Array:
-    """-inf where an edge of the mask, or the end of the keys, cuts a tile of S^T."""
-    p, t = plan.problem, plan.tile
-    ragged = p.Sk % t.block_kv != 0
-    if p.left is None and p.right is None and not ragged:
-        return s
-    _, block = walk.at(step)
-    cut = (block < walk.rows.full_lo) | (block >= walk.rows.full_hi)
-    if ragged:
-        cut = cut | (work.block == p.Sk // t.block_kv)
-
-    def hide(s):
-        key = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=softmax.ROWS) + (work.block * t.block_kv + wg * 64)
-        here = key - (p.offset + block * t.block_q)  # the query at the key's own position, as a column
-        last = t.block_q - 1
-        high = softmax.row_values(last, 64, jnp.int32) if p.left is None else jnp.minimum(here + p.left, last)
-        if ragged:
-            high = jnp.where(key < p.Sk, high, -1)
-        return masking.hide_columns(s, None if p.right is None else here - p.right, high, plan.interpret)
-
-    return lax.cond(cut, hide, lambda s: s, s)
-
-
-def _hide_by_limits(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, s) -> jax.Array:
-    """-inf where a key is not in its query's own range."""
-    _, block = walk.at(step)
-    b = tma.batch_entry(refs.visits_gmem, work.b)
-    full_lo, full_hi = (refs.visits_gmem[b, block, n] for n in (1, 2))
-
-    def hide(s):
-        key = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=softmax.ROWS)
-        key = softmax.over_columns(key + (work.block * plan.tile.block_kv + wg * 64), s.shape)
-        first = _compat.load(refs.limits_smem.at[slot, 0], masking.COLUMNS)
-        s = jnp.where(key >= over_rows(first, s.shape), s, -jnp.inf)
-        last = _compat.load(refs.limits_smem.at[slot, 1], masking.COLUMNS)
-        return jnp.where(key <= over_rows(last, s.shape), s, -jnp.inf)
-
-    return lax.cond((work.block < full_lo) | (work.block >= full_hi), hide, lambda s: s, s)
-
-
-def over_rows(x: jax.Array, shape) -> jax.Array:
-    return lax.broadcast_in_dim(x, shape, [1])

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat
-from pallas_kernels.hopper.attention_backward import CONSUMERS, Plan
+from pallas_kernels.hopper.attention_backward import Plan
 from pallas_kernels.parts import softmax, tma
 
 ROWS = 64
@@ -110,5 +110,5 @@ def _zero(plan: Plan, dq_gmem, zero_smem, b, h, row) -> None:
 
     @pl.when(lax.rem(row, t.block_q) == 0)
     def _():
-        for w in range(CONSUMERS):
-            plgpu.copy_smem_to_gmem(zero_smem, dq_gmem.at[b, h, lax.div(row, t.block_q), w])
+        for part in range(plan.dq_parts):
+            plgpu.copy_smem_to_gmem(zero_smem, dq_gmem.at[b, h, lax.div(row, t.block_q), part])

@@ -1,7 +1,7 @@
 """After the backward: dQ = scale * (the float32 sum), from register order to rows, in the input dtype.
 
-One CTA takes one query block: each of its warpgroups reads the part that a consumer of `attention_backward`
-formed, straight into the registers it came from, and writes it out through shared memory.
+One CTA takes one query block: each of its warpgroups reads a part as a consumer of the backward kernel formed
+it, straight into the registers it came from, and writes it out through shared memory.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat
-from pallas_kernels.hopper.attention_backward import CONSUMERS, Plan
+from pallas_kernels.hopper.attention_backward import Plan
 from pallas_kernels.parts import register_order, tma
+from pallas_kernels.parts.barriers import NamedBarrier
 
 
 def attention_dq(plan: Plan, dq: jax.Array) -> jax.Array:
@@ -29,17 +30,21 @@ def attention_dq(plan: Plan, dq: jax.Array) -> jax.Array:
         name="attention_dq",
         out_type=jax.ShapeDtypeStruct((p.B, max(p.Sq, t.block_q), p.H, tma.fitted(p.D)), dtype),
         scratch={
-            "dq_smem": plgpu.SMEM((CONSUMERS, *plan.dq_shape[-2:]), jnp.float32),
+            "dq_smem": plgpu.SMEM(plan.dq_shape[-3:], jnp.float32),
             "out_smem": out_type.scratch,
-            "full": plgpu.Barrier(num_barriers=CONSUMERS),
-            "met": plan.meeting.scratch,
+            "full": plgpu.Barrier(num_barriers=plan.dq_parts),
+            "met": _meeting(plan).scratch,
         },
         grid=(p.B * p.H * plan.query_blocks,),
         grid_names=("cta",),
-        warpgroups=CONSUMERS,
+        warpgroups=plan.dq_parts,
         interpret=plan.interpret,
     )
     return kernel(dq)[:, : p.Sq, :, : p.D]
+
+
+def _meeting(plan: Plan) -> NamedBarrier:
+    return NamedBarrier(0, threads=128 * plan.dq_parts, meeting=plan.dq_parts, interpret=plan.interpret)
 
 
 def _kernel(plan: Plan, dq_gmem, out_gmem, *, dq_smem, out_smem, full, met) -> None:
@@ -59,7 +64,7 @@ def _kernel(plan: Plan, dq_gmem, out_gmem, *, dq_smem, out_smem, full, met) -> N
     else:
         out.columns(0, wg * columns, columns)[...] = part
     plgpu.commit_smem()
-    plan.meeting.meet(met)
+    _meeting(plan).meet(met)
 
     @pl.when(wg == 0)
     def _():

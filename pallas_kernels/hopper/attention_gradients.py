@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import _compat
 from pallas_kernels.hopper import attention_backward
 from pallas_kernels.hopper.attention_backward_q import attention_backward_q
+from pallas_kernels.hopper.attention_backward_roles import attention_backward_roles
 from pallas_kernels.hopper.attention_delta import attention_delta
 from pallas_kernels.hopper.attention_dq import attention_dq
 from pallas_kernels.parts.softmax import LOG2E
@@ -24,7 +25,8 @@ def attention_gradients(
     plan = attention_backward.make_plan(p, interpret)
     lse2, delta, zeros = attention_delta(plan, out, lse, d_out, d_lse)
     accumulator = None if zeros is None else _compat.accumulator(zeros)
-    dk, dv = attention_backward.attention_backward(p, a, d_out, lse2, delta, accumulator, interpret=interpret)
+    backward = attention_backward_roles if plan.tile.roles else attention_backward.attention_backward
+    dk, dv = backward(p, a, d_out, lse2, delta, accumulator, interpret=interpret)
     if accumulator is None:
         dq = attention_backward_q(p, a, d_out, lse2, delta, interpret=interpret)
     else:

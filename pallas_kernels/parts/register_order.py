@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import _compat
 from pallas_kernels._compat import Interpret
@@ -23,6 +24,7 @@ from pallas_kernels.parts import wgmma_layout
 WGMMA = plgpu.Layout.WGMMA
 _WIDTH = 256
 _LANES = 4  # float32s in one 16-byte access
+_THREADS = 128  # of a warpgroup
 
 
 def memory_shape(rows: int, columns: int) -> tuple[int, int]:
@@ -67,6 +69,33 @@ def from_memory(ref, rows: int, columns: int, interpret: Interpret) -> jax.Array
         return mgpu.FragmentedArray(_registers=registers, _layout=form, _is_signed=None)
 
     return relabel(_compat.load(ref, layout))
+
+
+def add(target, x: jax.Array, staging, interpret: Interpret) -> None:
+    """Adds a tile to a ref in global memory that is in register order, straight from registers.
+
+    The interpreter has no such instruction and goes through `staging`, shared memory of `memory_shape`.
+    """
+    if interpret is not None:
+        staging[...] = to_memory(x, interpret)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staging, target, reduction_op="add")
+        plgpu.wait_smem_to_gmem(0)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA))
+    def reduce(_, target, x):
+        i32 = ir.IntegerType.get_signless(32)
+        quad = arith.constant(i32, ir.IntegerAttr.get(i32, _LANES))
+        thread = arith.remui(utils.thread_idx(), arith.constant(i32, ir.IntegerAttr.get(i32, _THREADS)))
+        start = utils.getelementptr(utils.memref_ptr(target), [arith.muli(thread, quad)], ir.F32Type.get())
+        flat = _scalars(x.registers)
+        for n in range(0, len(flat), _LANES):
+            text = f"red.global.add.v4.f32 [$0+{4 * _THREADS * n}], {{$1, $2, $3, $4}};"
+            operands = [start, *flat[n : n + _LANES]]
+            llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, "l,f,f,f,f", has_side_effects=True)
+
+    reduce(target, x)
 
 
 def _strided(shape: tuple[int, int]):

@@ -38,19 +38,29 @@ class TileType:
     interpret: Interpret = None
 
     @property
+    def chunk(self) -> int:
+        """Columns in a 128-byte swizzle."""
+        return 128 // jnp.dtype(self.dtype).itemsize
+
+    @property
     def chunks(self) -> int:
-        return self.columns // CHUNK if self.any_row else 1
+        return self.columns // self.chunk if self.any_row else 1
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return self.count, self.chunks, self.rows, self.columns // self.chunks
 
     @property
-    def scratch(self):
-        tiled = plgpu.SMEM(self.shape, self.dtype, transforms=TILED)
+    def refs(self) -> tuple:
+        """The one or two scratch refs to the same bytes that `view` takes."""
+        tiled = plgpu.SMEM(self.shape, self.dtype, transforms=(plgpu.TilingTransform((8, self.chunk)), *_SWIZZLE))
         if not self.any_row or self.interpret is not None:  # the interpreter has one layout
-            return tiled
-        return plgpu.RefUnion(plgpu.SMEM(self.shape, self.dtype, transforms=_SWIZZLE), tiled)
+            return (tiled,)
+        return plgpu.SMEM(self.shape, self.dtype, transforms=_SWIZZLE), tiled
+
+    @property
+    def scratch(self):
+        return plgpu.RefUnion(*self.refs) if len(self.refs) == 2 else self.refs[0]
 
     def view(self, ref) -> Tiles:
         if not self.any_row or self.interpret is not None:
@@ -66,20 +76,21 @@ class Tiles:
     copied: Any  # for TMA
     multiplied: Any  # for wgmma and registers
 
-    def load(self, source, index, row, head, n, barrier) -> None:
-        """Starts filling tile n with rows from `row` of source[index, :, head]."""
+    def load(self, source, index, row, head, n, barrier, rows: Any = None) -> None:
+        """Starts filling tile n, or some rows of it, with rows from `row` of source[index, :, head]."""
+        rows = pl.ds(0, self.type.rows) if rows is None else rows
         for c in range(self.type.chunks):
-            part = source.at[index, pl.ds(row, self.type.rows), head, self._columns(c, row)]
-            plgpu.copy_gmem_to_smem(part, self.copied.at[n, c], barrier)
+            part = source.at[index, pl.ds(row, rows.size), head, self._columns(c, row)]
+            plgpu.copy_gmem_to_smem(part, self.copied.at[n, c, rows], barrier)
 
-    def store(self, target, index, row, head, n, rows: Any = None) -> None:
+    def store(self, target, index, row, head, n, rows: Any = None, column=0) -> None:
         """Starts writing tile n, or some rows of it, to rows from `row` of target[index, :, head].
 
         What lies outside the tensor is clipped.
         """
         rows = pl.ds(0, self.type.rows) if rows is None else rows
         for c in range(self.type.chunks):
-            part = target.at[index, pl.ds(row, rows.size), head, self._columns(c, row)]
+            part = target.at[index, pl.ds(row, rows.size), head, self._columns(c, row, column)]
             plgpu.copy_smem_to_gmem(self.copied.at[n, c, rows, pl.ds(0, self.width)], part)
 
     def write(self, n, value, rows=None) -> None:
@@ -94,18 +105,18 @@ class Tiles:
         if self.type.chunks == 1:
             return self.multiplied.at[n, 0, :, pl.ds(start, width)]
         assert width == CHUNK, f"{width} columns of a tile cut into chunks of {CHUNK}"
-        return self.multiplied.at[n, start if isinstance(start, int) else lax.div(start, CHUNK)]
+        return self.multiplied.at[n, start // CHUNK if isinstance(start, int) else lax.div(start, CHUNK)]
 
     @property
     def width(self) -> int:
         """Columns of a chunk."""
         return self.type.columns // self.type.chunks
 
-    def _columns(self, c: int, row):
+    def _columns(self, c: int, row, column):
         if not self.type.any_row:
-            return pl.ds(0, self.width)
+            return pl.ds(column, self.width)
         # A start that is not a constant: the last chunk may reach past the tensor, where TMA reads zeros.
-        return pl.ds(row * 0 + c * self.width, self.width)
+        return pl.ds(row * 0 + column + c * self.width, self.width)
 
 
 def transposed_product(acc, x: Tiles, m, y: Tiles, n, rows=None) -> int:

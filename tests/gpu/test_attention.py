@@ -24,15 +24,21 @@ SHAPES = {
     "fewer_keys": dict(B=1, Sq=777, Sk=200, H=2, D=128),
     "head_dims": dict(B=2, Sq=500, H=2, D=96, Dv=72),
     "small_head_dims": dict(B=2, Sq=333, H=2, D=40, Dv=24),
+    "D256": dict(B=2, Sq=1000, H=4, Hk=2, D=256),
+    "D256_many": dict(B=2, Sq=1024, H=4, D=256),
+    "D200": dict(B=2, Sq=333, Sk=500, H=2, D=200, Dv=256),
+    "D192": dict(B=2, Sq=640, H=2, D=192),
+    "D192_Dv128": dict(B=2, Sq=517, H=4, Hk=2, D=192, Dv=128),
     "sinks": dict(B=2, Sq=700, H=4, Hk=2, D=128, sinks=True),
     "sinks_D64": dict(B=2, Sq=700, Sk=300, H=2, D=64, sinks=True),
 }
 CAUSAL, WINDOW, BOTH_SIDES = dict(causal=True), dict(causal=True, window=(100, None)), dict(window=(33, 70))
 CASES = [
     *((shape, {}) for shape in ("one_tile", "many", "D64", "odd", "prime", "few_keys", "head_dims", "sinks")),
+    *((shape, {}) for shape in ("D256", "D256_many", "D192_Dv128")),
     *((shape, CAUSAL) for shape in SHAPES if shape not in ("one_tile", "few_keys")),
     *((shape, WINDOW) for shape in ("many", "D64", "prime_grouped", "multi_query")),
-    *((shape, BOTH_SIDES) for shape in ("many", "prime", "more_keys")),
+    *((shape, BOTH_SIDES) for shape in ("many", "prime", "more_keys", "D256_many", "D192")),
 ]
 
 
@@ -50,6 +56,9 @@ FEATURES = {
         dict(B=2, Sq=500, H=1, D=64),
         dict(causal=True, softcap=5.0, alibi_slopes=jnp.array([[0.3], [0.02]])),
     ),
+    "softcap_D256": (dict(Sq=500, D=256, sinks=True), dict(softcap=5.0)),
+    "alibi_D256": (dict(Sq=300, Sk=400, H=2, D=256), dict(causal=True, alibi_slopes=jnp.array([0.5, 0.02]))),
+    "segments_D256": (dict(B=2, Sq=700, Sk=900, D=256), dict(segment_ids=SEGMENTS)),
     "segments": (dict(B=2, Sq=700, Sk=900, D=128), dict(segment_ids=SEGMENTS)),
     "segments_D64": (dict(B=2, Sq=700, Sk=900, D=64), dict(causal=True, segment_ids=SEGMENTS)),
 }
@@ -64,6 +73,7 @@ def test_features(name):
 PACKED = {
     "full": ((300, 1, 511, 212), (300, 1, 511, 212), dict(D=128), {}),
     "causal": ((130, 0, 626), (60, 5, 991), dict(D=128), dict(causal=True)),
+    "causal_D256": ((130, 0, 326), (60, 5, 691), dict(D=256), dict(causal=True)),
     "window_D64": ((700, 324), (700, 324), dict(D=64), dict(causal=True, window=(50, None))),
 }
 

@@ -39,11 +39,13 @@ def complaints(shape: dict, kernels: dict[str, Kernel]) -> list[str]:
     limits = {  # bytes to spill, warpgroups
         "attention_forward": (forward.spill_bytes, forward.warpgroups + 1),
         "attention_backward": (backward.spill_bytes, 3),
+        "attention_backward_roles": (backward.spill_bytes, 3),
         "attention_backward_q": (0, 3),
         "attention_delta": (0, 1),
-        "attention_dq": (0, 2),
+        "attention_dq": (0, 4 if backward.roles else 2),
     }
-    assert {"attention_forward", "attention_backward"} <= kernels.keys() <= limits.keys()
+    assert {"attention_forward", "attention_backward_roles" if backward.roles else "attention_backward"} <= kernels.keys()
+    assert kernels.keys() <= limits.keys()
     found = []
     for name, kernel in kernels.items():
         spill_bytes, warpgroups = limits[name]
