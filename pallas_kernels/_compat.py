@@ -79,8 +79,8 @@ if jax.__version_info__ < (0, 11):
     _discharge_refs_inside_custom_vmap()
 
 
-def load(ref, layout):
-    """Reads a shared-memory ref into registers of a layout."""
+def load(ref, layout, optimized: bool = True):
+    """Reads a ref into registers of a layout; one in global memory has no `optimized` way."""
     if jax.__version_info__ < (0, 11):
-        return plgpu.load(ref, (), layout=layout)
-    return plgpu.load(ref, layout=layout)  # pyright: ignore[reportCallIssue]
+        return plgpu.load(ref, (), layout=layout, optimized=optimized)
+    return plgpu.load(ref, layout=layout, optimized=optimized)  # pyright: ignore[reportCallIssue]
