@@ -18,6 +18,7 @@ from jflash.xla import decode
 from jflash.xla import l1 as xla_l1
 from jflash.xla import linear as xla_linear
 from pallas_kernels import hopper
+from pallas_kernels.hopper import cache as hopper_cache
 from pallas_kernels.problem import AttentionProblem, L1Problem, LinearProblem
 
 Problem = AttentionProblem | LinearProblem
@@ -60,6 +61,7 @@ L1 = (
 )
 
 CACHE = (  # softmax attention on a cache: forward only
+    Backend("hopper", hopper_cache.why_not, hopper_cache.forward, None),
     Backend("xla", _always, decode.forward, None),
     Backend("reference", _always, reference.attention_on_cache, None),
 )

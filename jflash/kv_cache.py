@@ -64,7 +64,7 @@ def flash_attention_with_kvcache(
         scale, causal, window, softcap, alibi_slopes, sinks: as for `flash_attention`.
         num_splits: how many parts a GPU kernel may split the keys in; 0 leaves it to the kernel. A hint.
         return_lse: also return lse.
-        implementation: None, or "xla" or "reference".
+        implementation: None, or "hopper", "xla" or "reference".
 
     Returns:
         (out [B, Sq, H, Dv], k_cache, v_cache), and with return_lse lse [B, H, Sq] in float32 or wider.
@@ -94,6 +94,7 @@ def flash_attention_with_kvcache(
         q, k_cache, v_cache, k, v, _tables(problem, k, rotary_cos, rotary_sin), start, leftpad, pages,
         bound.alibi_slopes, bound.sinks,
     )  # fmt: skip
+    problem = dataclasses.replace(problem, page=_page(k_cache, pages))
     rotation = _Rotation(rotary_interleaved, one_position=not causal and not any(_finite(window)))
     _check_values(problem, rotation, operands)
     chosen = backends.choose(problem, implementation, backends.CACHE)
@@ -218,6 +219,11 @@ def _pages(q, k_cache, v_cache, cache_batch_idx, block_table) -> jax.Array | Non
             f"batch sizes of q and k_cache, {B} and {k_cache.shape[0]}, must be equal without cache_batch_idx"
         )
     return None
+
+
+def _page(k_cache, pages) -> int | None:
+    """Keys in a page, if an entry has several."""
+    return None if pages is None or pages.shape[1] == 1 else k_cache.shape[1]
 
 
 def _new(q, k_cache, v_cache, k, v):

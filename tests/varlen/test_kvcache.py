@@ -353,7 +353,7 @@ ERRORS = {
     "rotary dim": ({"rotary_cos": normal(0, 40, 9), "rotary_sin": normal(0, 40, 9)}, ValueError, "rotary dim R=18"),
     "half rotary": ({"rotary_cos": tables()[0]}, ValueError, "must be given together"),
     "splits": ({"num_splits": -1}, ValueError, "num_splits=-1 must be >= 0"),
-    "backend": ({"implementation": "hopper"}, ValueError, "must be None or one of 'xla', 'reference'"),
+    "backend": ({"implementation": "cuda"}, ValueError, "must be None or one of 'hopper', 'xla', 'reference'"),
 }
 
 

@@ -1,0 +1,49 @@
+"""The decode kernel in the interpreter: numbers, barriers and races. Whatever no query sees is NaN."""
+
+import contextlib
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.hopper import cache, decode
+from tests.kernels import interpreter
+from tests.kernels.calls import on_hopper
+from tests.kernels.test_attention import OLD
+from tests.varlen.caches import assert_decodes
+
+CASES = {
+    "one_query": dict(lengths=(300, 70), H=4, Hk=2, D=128),
+    "causal": dict(lengths=(330,), Sq=3, H=4, Hk=1, D=64, causal=True),
+    "many_rows": dict(lengths=(200,), Sq=9, H=8, Hk=1, D=64, causal=True, room=7),
+    "empty_entries": dict(lengths=(0, 3), H=2, D=64, room=200),
+    "leftpad": dict(lengths=(250, 80), leftpad=(100, 80), Sq=2, H=2, Hk=1, D=64, causal=True),
+    "window": dict(lengths=(400,), Sq=2, H=2, Hk=1, D=64, window=(100, 0), softcap=3.0),
+    "sinks": dict(lengths=(150, 0), H=4, Hk=2, D=64, sinks=True),
+    "small_pages": dict(lengths=(150, 33), H=2, Hk=1, D=128, page=16, room=40),
+    "pages": dict(lengths=(150, 33), H=2, Hk=1, D=64, page=64),
+    "large_pages": dict(lengths=(150, 300), H=2, Hk=1, D=64, page=256),
+    "float16": dict(lengths=(150,), H=1, D=128, dtype=jnp.float16),
+    "short_cache": dict(lengths=(20, 5), H=2, D=64),
+}
+
+
+@contextlib.contextmanager
+def decoding_on_the_cpu():
+    """Calls go through the kernel in the interpreter; fails on a race, also where JAX only records it."""
+    call = functools.partial(decode.decode, interpret=interpreter.params())
+    interpreter.reset()
+    jax.clear_caches()
+    with mock.patch.object(decode, "decode", call), mock.patch.object(cache, "PROVEN", True), on_hopper():
+        yield
+    jax.clear_caches()
+    assert not interpreter.found_races(), "the race detector found a race"
+
+
+@pytest.mark.skipif(OLD, reason="slow on this JAX")
+@pytest.mark.parametrize("name", CASES)
+def test_matches_oracle(name):
+    with decoding_on_the_cpu():
+        assert_decodes(**CASES[name])
