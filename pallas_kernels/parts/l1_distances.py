@@ -1,7 +1,7 @@
 """L1 distances of a tile of pairs, on the CUDA cores, in wgmma's register layout.
 
-A thread has two rows of each 64 and all the columns 8 j + 2 (lane % 4) + {0, 1}. It reads four features of its
-rows and columns at a time, in 16 bytes each. A feature of a pair costs two additions: |x| is free in an operand.
+A thread has two rows of each 64 and the columns 8 j + 2 (lane % 4) + {0, 1}. It reads four features at a time, 16
+bytes of each of its rows and columns. A feature of a pair costs two additions: |x| is free in an operand.
 """
 
 from __future__ import annotations
@@ -12,68 +12,104 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, scf, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm
 from jaxlib.mlir.dialects import math as math_dialect
 
 from pallas_kernels._compat import Interpret
 from pallas_kernels.parts import float_rows, wgmma_layout
 from pallas_kernels.parts.float_rows import CHUNK, TRANSFORMS
+from pallas_kernels.parts.wgmma_layout import integer
 
-WGMMA = plgpu.Layout.WGMMA
 _WIDTH = 4  # features of a read
-_READS = CHUNK // _WIDTH  # of a chunk
-_ROW = 128  # bytes of a row of a chunk
+_READS = CHUNK // _WIDTH  # of a row of a chunk
+_ROW = 4 * CHUNK  # its bytes
 
 
 def negative_distances(x_ref, first, count: int, y_ref, n, interpret: Interpret) -> list[jax.Array]:
-    """-sum_w |x_iw - y_jw| for the rows of tiles first, first + 1, ... of x against those of tile n of y.
+    """-sum_w |x_iw - y_jw| for the rows i of tiles first, first + 1, ... of x, and j of tile n of y.
 
-    x_ref: tiles of 64 rows (see `float_rows`). Returns `count` arrays float32 [64, rows of y] in wgmma's layout.
+    x has tiles of 64 rows, see `float_rows`. Returns `count` arrays float32 [64, rows of y].
     """
     columns = y_ref.shape[2]
     if interpret is not None:
         x, y = float_rows.values(x_ref, first, count), float_rows.values(y_ref, n, 1)
         d = -jnp.abs(x[:, None] - y[None]).sum(axis=-1)
         return [d[64 * m : 64 * (m + 1)] for m in range(count)]
-    result = plgpu.ShapeDtypeStruct((64, columns), jnp.float32, WGMMA)
-    reference = plgpu.RefType(TRANSFORMS)
-    call = plgpu.inline_mgpu(arg_types=(reference, reference), return_type=[result] * count)
-    x_tiles = [x_ref.at[first + m] for m in range(count)]
-    call = plgpu.inline_mgpu(arg_types=(*[reference] * count, reference), return_type=[result] * count)
-    return call(functools.partial(_distances, columns))(*x_tiles, y_ref.at[n])
+    tile = plgpu.ShapeDtypeStruct((64, columns), jnp.float32, plgpu.Layout.WGMMA)
+    rows = plgpu.RefType(TRANSFORMS)
+    call = plgpu.inline_mgpu(arg_types=(rows,) * (count + 1), return_type=[tile] * count)
+    return call(functools.partial(_distances, columns))(y_ref.at[n], *(x_ref.at[first + m] for m in range(count)))
 
 
-def _distances(columns: int, _, *refs):
+def _distances(columns: int, _, y_ref, *x_refs):
     """A loop over reads of four features; the sums of a thread go round with it."""
-    *x_refs, y_ref = refs
-    chunks, rows = ir.MemRefType(y_ref.type).shape[0], ir.MemRefType(x_refs[0].type).shape[1]
-    thread = arith.remui(_thread(), _int(128))
-    row = arith.addi(arith.muli(_over(thread, 32), _int(16)), _over(arith.remui(thread, _int(32)), 4))
-    pair = arith.muli(arith.remui(thread, _int(4)), _int(2))
-    x_starts = [(utils.memref_ptr(x), row, 8) for x in x_refs]
-    sums = [[_real(0.0)] * (columns // 4 * 2) for _ in x_refs]
-    loop = utils.fori(_int(chunks * _READS), sums)
+    thread = arith.remui(arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x)), integer(128))
+    lane = arith.remui(thread, integer(32))
+    row = arith.addi(arith.muli(_over(thread, 32), integer(16)), _over(lane, 4))
+    column = arith.muli(arith.remui(lane, integer(4)), integer(2))
+    xs = [Rows(x, row) for x in x_refs]
+    ys = [Rows(y_ref, arith.addi(column, integer(e))) for e in range(2)]
+    zero = [wgmma_layout.real(0.0)] * (columns // 2)
+    reads = ir.MemRefType(y_ref.type).shape[0] * _READS
 
-    @loop
-    def done(step, sums):
-        chunk, read = _over(step, _READS), arith.remui(step, _int(_READS))
-        found = []
-        xs = [[_read(start, chunk, rows, row, read, 8 * r) for r in range(2)] for start, row, _ in x_starts]
-        totals = [list(s) for s in sums]
-        y = utils.memref_ptr(y_ref)
+    @utils.fori(integer(reads), [list(zero) for _ in xs])
+    def done(read, sums):
+        starts = [x.at(read) for x in xs]
+        near = [[_four(start, 8 * r) for r in range(2)] for start in starts]
+        ends = [y.at(read) for y in ys]
         for j in range(columns // 8):
             for e in range(2):
-                near = _read(y, chunk, columns, arith.addi(pair, _int(e)), read, 8 * j)
-                for m, x in enumerate(xs):
+                far = _four(ends[e], 8 * j)
+                for total, x in zip(sums, near, strict=True):
                     for r in range(2):
-                        at = 4 * j + 2 * r + e
-                        totals[m][at] = arith.subf(totals[m][at], _size(x[r], near))
-        del found
-        return totals
+                        n = 4 * j + 2 * r + e
+                        total[n] = arith.subf(total[n], _size(x[r], far))
+        return sums
 
-    return [_tile(columns, s) for s in done.results]
+    def tile(total):
+        return wgmma_layout.tile((64, columns), lambda _, e, c, r: total[4 * (c // 8) + 2 * r + e])
+
+    return [tile(total) for total in done.results]
+
+
+class Rows:
+    """Every eighth row of a tile, from `row` on, in shared memory."""
+
+    def __init__(self, ref, row):
+        self.memory, self.rows = utils.memref_ptr(ref), ir.MemRefType(ref.type).shape[1]
+        self.row, self.phase = arith.muli(row, integer(_ROW)), arith.remui(row, integer(8))
+
+    def at(self, read):
+        """Where four features of `row` are; those of a row further on lie as many whole rows behind."""
+        chunk = arith.muli(_over(read, _READS), integer(self.rows * _ROW))
+        swizzled = arith.xori(arith.remui(read, integer(_READS)), self.phase)
+        return _moved(self.memory, arith.addi(arith.addi(chunk, self.row), arith.muli(swizzled, integer(16))))
+
+
+def _four(start, rows: int) -> list[ir.Value]:
+    quad = ir.VectorType.get((_WIDTH,), ir.F32Type.get())
+    read = llvm.load(quad, _moved(start, rows * _ROW), alignment=16)
+    return [wgmma_layout.scalar(read, n) for n in range(_WIDTH)]
+
+
+def _size(x: list[ir.Value], y: list[ir.Value]) -> ir.Value:
+    """sum |x - y|, in pairs: as many additions as one after another, and better rounded."""
+    sizes = [math_dialect.absf(arith.subf(a, b)) for a, b in zip(x, y, strict=True)]
+    while len(sizes) > 1:
+        sizes = [arith.addf(a, b) for a, b in zip(sizes[::2], sizes[1::2], strict=True)]
+    return sizes[0]
+
+
+def _moved(pointer, offset):
+    return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
+
+
+def _over(x, divisor: int):
+    return arith.divui(x, integer(divisor))
+
+
+def _i32():
+    return ir.IntegerType.get_signless(32)
