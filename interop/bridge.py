@@ -43,7 +43,7 @@ def call(function: Callable, tensors: Tensors, *, x64: bool = False, **static) -
     None among the tensors stays None. `static` must be static for JAX too: a traced Python number would be
     copied into JAX's memory without waiting for what torch still reads there. `x64` allows 64-bit types.
     """
-    device = _common_device(tensors)
+    device = common_device(tensors)
     jax = load_jax()
     with _current(device), jax.enable_x64(True) if x64 else contextlib.nullcontext():
         return to_torch(function(*to_jax(tensors, device), **static), device)
@@ -125,7 +125,8 @@ def jax_device(device: torch.device):
     raise RuntimeError(f"device={device} of the tensors must be one of JAX's devices {devices}")
 
 
-def _common_device(tensors: Tensors) -> torch.device:
+def common_device(tensors: Tensors) -> torch.device:
+    """The device of all the tensors."""
     devices = [t.device for t in tensors if t is not None]
     for device in devices:
         if device != devices[0]:
@@ -137,12 +138,18 @@ def _current(device: torch.device):
     """Makes a CUDA device current, outside of any graph capture."""
     if device.type != "cuda":
         return contextlib.nullcontext()
-    if torch.cuda.is_current_stream_capturing():
+    if is_capturing(device):
         raise RuntimeError(
-            "jflash cannot be captured in a CUDA graph: XLA launches on streams of its own. Capture what is "
+            "this jflash call cannot be captured in a CUDA graph: XLA launches on streams of its own. Most calls of "
+            "Hopper's kernels can, if the same has run once before the capture. For any other, capture what is "
             "before and after it, or use torch.compile, which does so by itself"
         )
     return torch.cuda.device(device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether torch records a CUDA graph on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:

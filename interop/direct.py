@@ -1,0 +1,209 @@
+"""Mosaic GPU kernels launched by torch: on its current stream, into its own memory, with XLA nowhere in the call.
+
+`interop.bridge` hands a call to XLA, which costs hundreds of microseconds of host time, runs on streams of its
+own and returns memory of its own. What `interop.programs` can read of a call is launched here instead: cheap to
+call, and fit for CUDA graphs. The bits are the same, for the kernels are.
+
+JAX keeps the entry points for itself. So they are used only in versions of JAX that are known, on a device where
+they have first given the bridge's bits; the bridge takes whatever is not launched here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interop import bridge
+from interop.operands import Operands, Options
+
+VERSIONS = ((0, 11, 2),)  # of JAX, where `_compiled` and `_Launcher` have been seen to work
+_DTYPES = {torch.float16, torch.bfloat16}  # of the kernels
+_ALIGNMENT = 256  # which they assume of every address
+Tensors = Sequence[Tensor | None]
+
+launches: dict[Hashable, Launch | None] = {}  # None: the bridge takes such calls
+
+
+def signature(name: str, tensors: Tensors, *static: Hashable) -> Hashable:
+    """What all calls have in common that one launch serves."""
+    return name, static, tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+
+
+def again(key: Hashable, tensors: Tensors) -> list[Tensor] | None:
+    """The results of a call, if one of its signature has been launched before."""
+    launch = launches.get(key)
+    return None if launch is None else launch(tensors)
+
+
+def call(key: Hashable, function: Callable, tensors: Tensors, *, x64: bool = False, **static) -> list[Tensor]:
+    """`bridge.call`, launched by torch where that is possible; `key` is the call's signature."""
+    device = bridge.common_device(tensors)
+    if key not in launches and not bridge.is_capturing(device):
+        launches[key] = _prepare(function, tensors, static, device)
+    found = again(key, tensors)
+    return bridge.call(function, tensors, x64=x64, **static) if found is None else found
+
+
+def _prepare(function: Callable, tensors: Tensors, static: dict, device: torch.device) -> Launch | None:
+    """A launch for calls like this one, or None if they are the bridge's."""
+    if device.type != "cuda" or _DTYPES.isdisjoint(t.dtype for t in tensors if t is not None):
+        return None
+    if bridge.load_jax().__version_info__ not in VERSIONS:
+        return None
+    target = bridge.jax_device(device)  # raises here if JAX has no such device
+    try:
+        program = _lower(function, tensors, static, target)
+        with _thread.on(device):
+            return Launch(program, device) if program is not None and works(device) else None
+    except Exception as error:
+        return _surprise(f"a kernel cannot be launched by torch: {type(error).__name__}: {error}")
+
+
+def _lower(function: Callable, tensors: Tensors, static: dict, target) -> Any:
+    """The program of function(*arrays, **static) on a JAX device, or None if it has work for XLA."""
+    jax = bridge.load_jax()
+    from interop import programs
+
+    arguments = [None if t is None else jax.ShapeDtypeStruct(t.shape, str(t.dtype)[6:]) for t in tensors]
+    try:
+        with jax.default_device(target):
+            return programs.lower(functools.partial(function, **static), arguments)
+    except programs.Unsupported:
+        return None
+
+
+def _surprise(what: str) -> None:
+    warnings.warn(f"jflash calls kernels through XLA, at a higher cost a call: {what}", stacklevel=2)
+
+
+class Launch:
+    """A program on a device. Calling it queues the work on torch's current stream."""
+
+    def __init__(self, program: Any, device: torch.device):
+        self.device = device
+        self.constants = [x.to(device) for x in program.constants]
+        self.steps = [(_runner(step.run, device), step.operands) for step in program.steps]
+        self.returned = program.returned
+
+    def __call__(self, tensors: Tensors) -> list[Tensor]:
+        index = self.device.index
+        if index in _thread.devices and torch.cuda.current_device() == index:
+            return self.run(tensors)
+        with _thread.on(self.device):
+            return self.run(tensors)
+
+    def run(self, tensors: Tensors) -> list[Tensor]:
+        values = [_ready(t) for t in tensors if t is not None] + self.constants
+        for run, operands in self.steps:
+            values += run(*[values[n] for n in operands])
+        return [values[n] for n in self.returned]
+
+
+class _Thread(threading.local):
+    """A launch goes to the CUDA context of the thread, which has none before torch's first work in it."""
+
+    devices: frozenset[int | None] = frozenset()
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device):
+        with torch.cuda.device(device):
+            if device.index not in self.devices:
+                torch.zeros(1, device=device)
+                self.devices |= {device.index}
+            yield
+
+
+_thread = _Thread()
+
+
+def _ready(t: Tensor) -> Tensor:
+    """t as a kernel reads it: row-major at an aligned address. Mostly t itself."""
+    if t.is_contiguous() and not t.data_ptr() % _ALIGNMENT and not t.is_neg():
+        return t
+    return bridge.canonical(t)
+
+
+def _runner(operation: Any, device: torch.device) -> Callable[..., list[Tensor]]:
+    """What runs a step of a program."""
+    if callable(operation):
+        return lambda *operands: [operation(*operands)]
+    function, launch = _compile(operation.module)
+    in_place = operation.in_place
+    outputs = [(n, shape, dtype) for n, (shape, dtype) in enumerate(operation.outputs)]
+
+    def run(*operands: Tensor) -> list[Tensor]:
+        results = [
+            operands[in_place[n]] if n in in_place else torch.empty(shape, dtype=dtype, device=device)
+            for n, shape, dtype in outputs
+        ]
+        memory = [x.data_ptr() for x in (*operands, *results)]
+        launch(function, _stream(device.index), (ctypes.c_void_p * len(memory))(*memory))
+        return results
+
+    return run
+
+
+# --- what JAX and torch keep to themselves, as it is in VERSIONS
+
+
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # 20 times as fast as torch.cuda.current_stream
+_Compile = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_char_p, ctypes.c_int)
+_Launch = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+
+
+@functools.cache
+def _compiler() -> Callable:
+    """(serialized module, its length) -> a kernel loaded into the current context and what launches it."""
+    try:
+        from jax_plugins import xla_cuda13 as plugin  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        from jax_plugins import xla_cuda12 as plugin  # pyright: ignore[reportMissingImports]
+    return _Compile(("MosaicGpuCompile", ctypes.CDLL(plugin._get_library_path())))
+
+
+def _compile(module: bytes) -> tuple[int, Callable]:
+    """A kernel of the current device, and launch(kernel, stream, addresses of operands and results)."""
+    found = _compiler()(module, len(module))
+    if not found:
+        raise RuntimeError("JAX cannot compile a kernel for torch")
+    return found[0], _Launch(found[1])
+
+
+# --- the proof
+
+
+@functools.cache
+def works(device: torch.device) -> bool:
+    """Whether launches on a device give the bridge's bits; says so if they do not."""
+    for function, tensors, static in _probes(device):
+        expected = bridge.call(function, tensors, **static)
+        program = _lower(function, tensors, static, bridge.jax_device(device))
+        found = Launch(program, device)(tensors)
+        if not all(map(torch.equal, found, expected)):
+            _surprise(f"{function.__name__} launched by torch on {device} differs from the bridge")
+            return False
+    return True
+
+
+def _probes(device: torch.device) -> list[tuple[Callable, Tensors, dict]]:
+    """Calls that need all kernels, padding, scratch, results in place; one block of keys fixes the order of sums."""
+    from interop import kernels
+
+    g = torch.Generator(device).manual_seed(0)
+    random = functools.partial(torch.randn, generator=g, device=device)
+    q, d_out, out = (random((1, 100, 4, 64), dtype=torch.bfloat16) for _ in range(3))
+    k, v = (random((1, 120, 2, 64), dtype=torch.bfloat16) for _ in range(2))
+    d_lse, lse = random((1, 4, 100)), random((1, 4, 100)) + 5
+    x, options = Operands(q, k, v), Options(right=0)
+    return [
+        (kernels.forward, (*x, None), {"options": options}),
+        (kernels.backward, (d_out, d_lse, out, lse, *x, None), {"options": options, "bias_gradient": False}),
+    ]
