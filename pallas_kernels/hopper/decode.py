@@ -96,8 +96,6 @@ class Refs(NamedTuple):
     k_smem: Any
     v_smem: Any
     out_smem: Any
-    limits_smem: Any
-    lse_smem: Any
     q_full: Any
     full: Any
     pages_gmem: Any = None
@@ -144,7 +142,8 @@ def decode(
         warpgroups=1,
         interpret=interpret,
     )
-    return merge(plan, *kernel(*inputs.values()), a.sinks)
+    out, lse = kernel(*inputs.values())
+    return merge(plan, out, lse, a.sinks)
 
 
 def make_plan(p: AttentionProblem, a: CacheArrays, tile: DecodeTile, interpret: _compat.Interpret = None) -> Plan:
@@ -196,9 +195,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     copies = plan.pieces * (types["k_smem"].chunks + types["v_smem"].chunks)
     return {
         **memory,
-        "limits_smem": plgpu.SMEM((2, ROWS), jnp.int32),
-        "lse_smem": plgpu.SMEM((ROWS,), jnp.float32),
-        "q_full": plgpu.Barrier(num_arrivals=types["q_smem"].chunks + 1),
+        "q_full": plgpu.Barrier(num_arrivals=types["q_smem"].chunks),
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
     }
 
@@ -213,12 +210,11 @@ def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     work = _work(plan, refs, lax.axis_index("cta"))
     here = (work.b * plan.problem.Hk + work.h) * plan.rows + work.row
     refs.q_smem.load(refs.q_gmem, 0, here, 0, 0, refs.q_full)
-    limits = refs.limits_gmem.at[tma.batch_entry(refs.limits_gmem, work.b), :, pl.ds(work.row, ROWS)]
-    plgpu.copy_gmem_to_smem(limits, refs.limits_smem, refs.q_full)
     for n in range(plan.tile.stages):
         pl.when(n < work.steps)(functools.partial(_load, plan, refs, work, n, _cache_rows(plan, refs, work, n)))
+    limits = refs.limits_gmem.at[tma.batch_entry(refs.limits_gmem, work.b)]
+    bounds = [_compat.load(limits.at[n, pl.ds(work.row, ROWS)], softmax.ROWS, optimized=False) for n in range(2)]
     plgpu.barrier_wait(refs.q_full)
-    bounds = [_compat.load(refs.limits_smem.at[n], softmax.ROWS) for n in range(2)]
     acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.problem.Dv), jnp.float32), WGMMA)
     carry = Carry(acc, softmax.start(ROWS), _cache_rows(plan, refs, work, plan.tile.stages))
     carry = lax.fori_loop(0, work.steps, functools.partial(_step, plan, refs, work, bounds), carry)
@@ -296,9 +292,7 @@ def _step(plan: Plan, refs: Refs, work: Work, bounds, step, carry: Carry) -> Car
 
     acc = pl.run_scoped(sums, plgpu.ACC(carry.acc.shape, jnp.float32))
     plgpu.commit_smem()  # all warps have read the slot
-    pl.when(step + stages < work.steps)(
-        functools.partial(_load, plan, refs, work, step + stages, carry.cache_rows)
-    )
+    pl.when(step + stages < work.steps)(functools.partial(_load, plan, refs, work, step + stages, carry.cache_rows))
     return Carry(acc, state, _cache_rows(plan, refs, work, step + stages + 1))
 
 
@@ -315,9 +309,8 @@ def _epilogue(plan: Plan, refs: Refs, work: Work, carry: Carry) -> None:
     """Divides and writes out the rows that there are."""
     inverse, lse = softmax.finish(carry.state)
     refs.out_smem.write(0, carry.acc * softmax.over_columns(inverse, carry.acc.shape))
-    refs.lse_smem[...] = lse
     plgpu.commit_smem()
     index = (work.split * plan.problem.B + work.b) * plan.problem.Hk + work.h
     refs.out_smem.store(refs.out_gmem, index, work.row, 0, 0, pl.ds(0, min(ROWS, plan.rows)))
-    plgpu.copy_smem_to_gmem(refs.lse_smem, refs.lse_gmem.at[index, pl.ds(work.row, ROWS)])
+    refs.lse_gmem[index, pl.ds(work.row, ROWS)] = lse
     plgpu.wait_smem_to_gmem(0)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jflash import flash_attention_with_kvcache
 from pallas_kernels.hopper import cache, decode
 from tests.kernels import interpreter
 from tests.kernels.calls import on_hopper
@@ -30,13 +31,17 @@ CASES = {
 }
 
 
+def proven():
+    return mock.patch.object(cache, "PROVEN", True)
+
+
 @contextlib.contextmanager
 def decoding_on_the_cpu():
     """Calls go through the kernel in the interpreter; fails on a race, also where JAX only records it."""
     call = functools.partial(decode.decode, interpret=interpreter.params())
     interpreter.reset()
     jax.clear_caches()
-    with mock.patch.object(decode, "decode", call), mock.patch.object(cache, "PROVEN", True), on_hopper():
+    with mock.patch.object(decode, "decode", call), proven(), on_hopper():
         yield
     jax.clear_caches()
     assert not interpreter.found_races(), "the race detector found a race"
@@ -47,3 +52,25 @@ def decoding_on_the_cpu():
 def test_matches_oracle(name):
     with decoding_on_the_cpu():
         assert_decodes(**CASES[name])
+
+
+@pytest.mark.parametrize("D", decode.TILES)
+def test_ctas_share_the_memory_of_an_sm(D):
+    tile = decode.TILES[D]
+    needed = 2 * decode.ROWS * D * (1 + 2 * tile.stages) + 128
+    assert tile.ctas * (needed + 1024) <= 228 * 1024
+
+
+@pytest.mark.parametrize(("tiles", "blocks", "expected"), [(256, 64, 1), (128, 64, 2), (8, 8, 2)])
+def test_splits_fill_the_gpu(tiles, blocks, expected):
+    assert decode.split_count(tiles, blocks, 264) == expected
+
+
+def test_reasons():
+    call = functools.partial(flash_attention_with_kvcache, cache_seqlens=3, implementation="hopper")
+    q, cached = jnp.zeros((1, 1, 2, 64), jnp.bfloat16), jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    with on_hopper(), pytest.raises(NotImplementedError, match="not yet proven on a GPU"):
+        call(q, cached, cached)
+    pages = jnp.zeros((3, 12, 2, 64), jnp.bfloat16)
+    with on_hopper(), proven(), pytest.raises(NotImplementedError, match="page=12 must be"):
+        call(q, pages, pages, block_table=jnp.zeros((1, 2), jnp.int32))
