@@ -10,7 +10,10 @@ import pytest
 os.environ.setdefault("PJRT_NPROC", "16")
 
 # Here a test function with many cases runs every third of them; `pytest -m slow` runs the others.
-THINNED = ("/linear/", "/l1/", "/varlen/", *(f"/interop/test_{name}" for name in ("transformers", "kvcache", "varlen")))
+THINNED = (
+    *("/linear/", "/l1/", "/varlen/", "/parity/test_features"),
+    *(f"/interop/test_{name}" for name in ("transformers", "kvcache", "varlen", "values")),
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -63,6 +63,7 @@ def test_train_text_runs_as_a_program():
         assert said in out
 
 
+@pytest.mark.slow
 def test_attention_plot_draws(tmp_path):
     pytest.importorskip("torch")
     plot = tmp_path / "out" / "plot.png"
@@ -92,6 +93,7 @@ def test_generation_is_the_same_in_torch_and_without_a_cache(trained):
     assert (likeliest == tokens).all()
 
 
+@pytest.mark.slow
 def test_generate_text_runs_as_a_program():
     pytest.importorskip("torch")
     out = run("examples.generate_text", "--steps", 3, "--length", 5, "--batch", 2)

@@ -37,11 +37,8 @@ class Tile:
 def choose(p: AttentionProblem, block_q: int, block_k: int) -> Tile:
     """The tile nearest to the wanted block sizes whose scores fit the cache."""
     budget = _SCORES_IN_FLIGHT.get(p.target, _SCORES_IN_FLIGHT_ELSEWHERE)
-    nk = math.ceil(p.Sk / block_k)
-    bk = _multiple_of_8(p.Sk / nk)
-    most = max(64, min(block_q, budget // (p.group * bk)))
-    nq = math.ceil(p.Sq / most)
-    bq = _multiple_of_8(p.Sq / nq)
+    bk, nk = _equal_blocks(p.Sk, block_k)
+    bq, nq = _equal_blocks(p.Sq, max(64, min(block_q, budget // (p.group * bk) // 8 * 8)))
     heads = max(1, budget // (p.group * bq * bk))
     h = largest_divisor(p.Hk, heads)
     b = largest_divisor(p.B, heads // h) if h == p.Hk else 1
@@ -96,5 +93,7 @@ def largest_divisor(n: int, most: int) -> int:
     return next(d for d in range(min(n, max(most, 1)), 0, -1) if n % d == 0)
 
 
-def _multiple_of_8(x: float) -> int:
-    return 8 * math.ceil(x / 8)
+def _equal_blocks(length: int, most: int) -> tuple[int, int]:
+    """The size, a multiple of 8, and the number of blocks of about equal size; `most` is a multiple of 8."""
+    size = 8 * math.ceil(length / math.ceil(length / most) / 8)
+    return size, math.ceil(length / size)

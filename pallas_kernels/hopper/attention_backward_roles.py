@@ -121,7 +121,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         "p_empty": plgpu.Barrier(num_barriers=P_STAGES),
         "ds_full": plgpu.Barrier(num_barriers=t.ds_stages),
         "ds_empty": plgpu.Barrier(num_barriers=t.ds_stages),
-        "meeting": plan.meeting.scratch,
+        "meeting": plgpu.Barrier(num_arrivals=CONSUMERS),
     }
 
 
@@ -182,7 +182,7 @@ def _value_consumer(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
         plgpu.barrier_arrive(refs.do_empty.at[lax.rem(last, t.stages)])
 
     dv = pl.run_scoped(accumulate, plgpu.ACC((64, tiles.padded(p.Dv)), jnp.float32))
-    plan.meeting.meet(refs.meeting)
+    _meet(refs)
     _write(plan, refs.v_smem, refs.dv_gmem, work, dv)
 
 
@@ -236,7 +236,7 @@ def _key_consumer(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
         return dk_acc[...]
 
     dk = pl.run_scoped(accumulate, plgpu.ACC((64, tiles.padded(p.D)), jnp.float32))
-    plan.meeting.meet(refs.meeting)  # the other consumer's last dQ still reads K
+    _meet(refs)  # the other consumer's last dQ still reads K
     _write(plan, refs.k_smem, refs.dk_gmem, work, dk * p.scale)
 
 
@@ -285,6 +285,11 @@ def _add_dq(plan: Plan, refs: Refs, work: Work, walk: Walk, step, wg: int, parts
         dq = pl.run_scoped(product, plgpu.ACC(plan.dq_tile, jnp.float32))
         staging = None if refs.dq_smem is None else refs.dq_smem.at[wg]
         register_order.add(refs.dq_gmem.at[work.b, head, block, part], dq, staging, plan.interpret)
+
+
+def _meet(refs: Refs) -> None:
+    plgpu.barrier_arrive(refs.meeting)
+    plgpu.barrier_wait(refs.meeting)
 
 
 def _write(plan: Plan, smem: tma.Tiles, gmem, work: Work, x: jax.Array) -> None:

@@ -143,14 +143,21 @@ def test_many_shapes_warn_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "Sq", "takes"),
-    [(torch.bfloat16, 300, False), (torch.bfloat16, 8, True), (torch.float32, 300, True)],
+    ("dtype", "Sq", "alibi", "takes"),
+    [
+        (torch.bfloat16, 300, False, True),
+        (torch.bfloat16, 300, True, False),
+        (torch.bfloat16, 8, True, True),
+        (torch.float32, 300, True, True),
+    ],
 )
-def test_a_faster_kernel_is_not_given_up_but_for_few_queries(monkeypatch, dtype, Sq, takes):
-    """Where a Hopper kernel takes the call with its lengths known, it is compiled for them."""
+def test_a_faster_kernel_is_not_given_up_but_for_few_queries(monkeypatch, dtype, Sq, alibi, takes):
+    """Where a Hopper kernel takes the call only with its lengths known, it is compiled for them."""
     kernels = ops.kernels()
     monkeypatch.setattr(kernels.backends, "target_of", lambda x: "sm_90")
     operands = Operands(*qkv(9, dtype, Sq=Sq, Sk=301, D=64, grad=False))
+    if alibi:
+        operands = operands._replace(alibi_slopes=torch.ones(1, operands.q.shape[2]))
     assert kernels.takes_lengths(operands, Options()) == takes
 
 

@@ -47,6 +47,7 @@ def test_a_broadcast_mask_has_no_full_buffer(S):
     assert temporary_bytes(arrays) < B * H * S * S * 4 / 3
 
 
+@pytest.mark.slow  # it times: two tests side by side disturb it
 def test_three_times_faster_than_quadratic():
     S = 8192
     arrays = qkv(S) | {"log_decay": -jnp.asarray([0.01])}

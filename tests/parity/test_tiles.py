@@ -26,7 +26,7 @@ def test_tiles_cover_a_problem_within_the_budget(Sq, Sk, B, Hk, group, target):
     assert t.bk <= 256
     assert t.bq <= 512
     in_flight = t.b * t.h * group * t.bq * t.bk
-    assert in_flight <= (2**21 if target == "cpu" else 2**26) or (t.b == t.h == 1 and t.bq <= 64)
+    assert in_flight <= (2**19 if target == "cpu" else 2**26) or (t.b == t.h == 1 and t.bq <= 64)
 
 
 @pytest.mark.parametrize(
