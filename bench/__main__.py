@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from bench import attention, l1, linear
+from bench import attention, decode, l1, linear, varlen
 
-BENCHMARKS = {"attention": attention, "l1": l1, "linear": linear}
+BENCHMARKS = {"attention": attention, "decode": decode, "l1": l1, "linear": linear, "varlen": varlen}
 
 
 def main() -> None:

@@ -97,14 +97,16 @@ def label(shape: dict[str, Any]) -> str:
     text += f" decay by {s['decay']}" if s.get("decay") else ""
     text += f" mask {s['mask'][0]}x{s['mask'][1]}" if s.get("mask") else ""
     text += f" window {s['window'][0]}" if s.get("window") else ""
+    text += f" pages of {s['page']}" if s.get("page") else ""
+    text += " ragged" if s.get("ragged") else ""
     return text + (f" {s['feature']}" if s.get("feature") else "")
 
 
 def show(report: Report) -> None:
     """One line a case and one column an implementation; the fastest is bold."""
     impls = list(dict.fromkeys(row.impl for row in report.rows))
-    on_gpu = any(row.tflops is not None for row in report.rows)
-    table = Table(title=f"{report.device}, {'TF/s' if on_gpu else 'ms'}", title_justify="left")
+    unit = next((u for u, x in (("TF/s", "tflops"), ("GB/s", "gbps")) if getattr(report.rows[0], x) is not None), "ms")
+    table = Table(title=f"{report.device}, {unit}", title_justify="left")
     for column in ("case", "direction", *impls):
         table.add_column(column, justify="left" if column in ("case", "direction") else "right")
     for case in dict.fromkeys(row.case for row in report.rows):
@@ -119,7 +121,8 @@ def show(report: Report) -> None:
 def _cell(row: Row | None, best: float) -> str:
     if row is None:
         return "-"
-    text = f"{row.ms:.2f}" if row.tflops is None else f"{row.tflops:.0f}"
+    rate = row.gbps if row.tflops is None else row.tflops
+    text = f"{row.ms:.2f}" if rate is None else f"{rate:.0f}"
     return f"[bold]{text}[/bold]" if row.ms == best else text
 
 
