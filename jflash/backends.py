@@ -19,6 +19,7 @@ from jflash.xla import l1 as xla_l1
 from jflash.xla import linear as xla_linear
 from pallas_kernels import hopper
 from pallas_kernels.hopper import cache as hopper_cache
+from pallas_kernels.hopper import linear as hopper_linear
 from pallas_kernels.problem import AttentionProblem, L1Problem, LinearProblem
 
 Problem = AttentionProblem | LinearProblem
@@ -52,6 +53,7 @@ BACKENDS = (
     Backend("reference", _always, reference.attention, None),
 )
 LINEAR = (
+    Backend("hopper", hopper_linear.why_not, hopper_linear.forward, hopper_linear.backward),
     Backend("xla", _always, xla_linear.forward, xla_linear.backward),
     Backend("reference", _always, linear_reference.linear_attention, None),
 )

@@ -1,0 +1,410 @@
+"""One pass over the tokens: causal linear attention, and by exchanged operands each of its gradients.
+
+    out_i = scale (enter_i q_i S + sum_j within_ij (q_i . k_j) v_j)    S' = total S + sum_j leave_j k_j v_j^T
+
+S is the state [D, Dv] that enters a chunk of 64 tokens, S' the one that leaves it. The factors are decays:
+from the edge of the chunk to token i, from j to i, from j to the far edge, and through the whole chunk.
+
+Who does what. A CTA takes a head and 64 columns of v for each consumer warpgroup, and walks over the chunks.
+A consumer keeps its columns of S in registers from the first chunk to the last, and a rounded copy in shared
+memory, since wgmma reads its right operand there. Consumers share the loads of q and k and nothing else: each
+forms the weights q k^T again, which costs tensor time that a kernel bound by memory has. One warp of the last
+warpgroup loads. What leaves a token's v with leave_j is v itself, in place, after its last use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _compat, linear_tiles, tiles
+from pallas_kernels.linear_tiles import LinearTile
+from pallas_kernels.parts import barriers, masking, softmax, tma
+
+WGMMA = plgpu.Layout.WGMMA
+CHUNK = 64  # tokens
+WINDOW = 2  # chunks, so that each has an edge of a window
+BLOCK = (CHUNK, 64)
+_LEAST = -100.0  # log2 of a decay: sums over a chunk keep their digits, and what it leaves is nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """The static facts of a pass.
+
+    later: a token sees itself and later ones, and chunks are walked from the last to the first.
+    adjoint: decays are those from i to j, as in the transpose of a pass that walks the other way.
+    """
+
+    B: int
+    H: int
+    S: int
+    D: int
+    Dv: int
+    dtype: str
+    scale: float
+    later: bool = False
+    adjoint: bool = False
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.S // CHUNK)
+
+    @property
+    def suffix(self) -> bool:
+        """Sums of decays within a chunk run from its end to its start."""
+        return self.later != self.adjoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one launch."""
+
+    scan: Scan
+    tile: LinearTile
+    partnered: bool
+    interpret: _compat.Interpret
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 64 rows in the state."""
+        return tiles.padded(self.scan.D) // 64
+
+    @property
+    def slices(self) -> int:
+        """CTAs that share a head."""
+        return tiles.padded(self.scan.Dv) // (64 * self.tile.warpgroups)
+
+    def tile_type(self, count: int, rows: int, columns: int) -> tma.TileType:
+        return tma.TileType(count, rows, columns, jnp.dtype(self.scan.dtype), True, self.interpret)
+
+
+class Refs(NamedTuple):
+    """What a kernel sees; a feature that was not asked for is None."""
+
+    q_gmem: Any
+    k_gmem: Any
+    v_gmem: Any
+    out_gmem: Any
+    q_smem: Any
+    k_smem: Any
+    v_smem: Any  # tile slot * warpgroups + wg: 64 columns
+    out_smem: Any
+    state_smem: Any  # rounded, 64 columns for each consumer
+    full: Any
+    empty: Any
+    sums_gmem: Any = None  # see `sums`
+    sums_smem: Any = None
+    partner_gmem: Any = None
+    partner_smem: Any = None  # as v_smem
+    dots_smem: Any = None
+    initial_gmem: Any = None
+    final_gmem: Any = None
+    dots_gmem: Any = None
+    anchors_gmem: Any = None
+
+
+class ScanResults(NamedTuple):
+    """What a pass returns."""
+
+    out: jax.Array  # [B, S, H, Dv] in the input dtype
+    final: jax.Array  # [B, H, D, Dv] float32: S after the last chunk
+    dots: jax.Array | None = None  # [B, H, 2, chunks, CHUNK] float32: out . partner through S, and all of it
+    anchors: jax.Array | None = None  # [B, H, windows, D, Dv]: S where the walk enters a window of WINDOW chunks
+
+
+def linear_scan(
+    scan: Scan, q, k, v, log_decay=None, initial=None, partner=None, *, interpret: _compat.Interpret = None
+) -> ScanResults:
+    """One pass; with a partner, shaped as v, also what the gradient of the decay needs.
+
+    q [B, S, Hq, D], k [B, S, Hk, D], v [B, S, Hv, Dv], whose heads divide H; log_decay [B|1, S|1, H] or None;
+    initial: S before the first chunk, float32 [B, H, D, Dv], or None for zeros.
+    """
+    plan = make_plan(scan, partner is not None, interpret)
+    q, k, v = (tma.fit(x, CHUNK) for x in (q, k, v))
+    inputs = {"q_gmem": q, "k_gmem": k, "v_gmem": v}
+    if log_decay is not None:
+        inputs["sums_gmem"] = sums(scan, log_decay)
+    if partner is not None:
+        inputs["partner_gmem"] = tma.fit(partner, CHUNK)
+    if initial is not None:
+        rows, columns = (tiles.padded(n) - n for n in initial.shape[2:])
+        inputs["initial_gmem"] = jnp.pad(initial, ((0, 0), (0, 0), (0, rows), (0, columns)))
+    outputs = _outputs(plan, q.shape[1], v.shape[3])
+    kernel = _compat.kernel(
+        functools.partial(_kernel, plan, (*inputs, *outputs)),
+        name="linear_scan",
+        out_type=tuple(outputs.values()),
+        scratch=_scratch(plan, log_decay is not None),
+        grid=(scan.B * scan.H * plan.slices,),
+        grid_names=("cta",),
+        warpgroups=barriers.warpgroups(plan.tile.warpgroups, 1, interpret),
+        interpret=interpret,
+    )
+    found = dict(zip(outputs, kernel(*inputs.values()), strict=True))
+    out, final = found["out_gmem"][:, : scan.S, :, : scan.Dv], found["final_gmem"][:, :, : scan.D, : scan.Dv]
+    if partner is None:
+        return ScanResults(out, final)
+    dots = found["dots_gmem"].sum(axis=2).reshape(scan.B, scan.H, 2, scan.chunks, CHUNK)
+    return ScanResults(out, final, dots, found["anchors_gmem"][..., : scan.D, : scan.Dv])
+
+
+def make_plan(scan: Scan, partnered: bool, interpret: _compat.Interpret = None) -> Plan:
+    tile = linear_tiles.scan_tile(tiles.padded(scan.D), tiles.padded(scan.Dv))
+    if partnered:  # one more operand in the same memory
+        tile = dataclasses.replace(tile, stages=2)
+    return Plan(scan, tile, partnered, interpret)
+
+
+def _outputs(plan: Plan, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStruct]:
+    scan, array = plan.scan, jax.ShapeDtypeStruct
+    dtype, state = jnp.dtype(scan.dtype), (tiles.padded(scan.D), tiles.padded(scan.Dv))
+    found = {
+        "out_gmem": array((scan.B, rows, scan.H, columns), dtype),
+        "final_gmem": array((scan.B, scan.H, *state), jnp.float32),
+    }
+    if plan.partnered:
+        found["dots_gmem"] = array((scan.B, scan.H, state[1] // 64, 2, scan.chunks * CHUNK), jnp.float32)
+        found["anchors_gmem"] = array((scan.B, scan.H, -(-scan.chunks // WINDOW), *state), dtype)
+    return found
+
+
+def sums(scan: Scan, log_decay: jax.Array) -> jax.Array:
+    """log2 of the decays summed within each chunk, from its first token or, if `suffix`, from its last.
+
+    [B|1, S|1, H] -> float32 [B|1, H, S padded to whole chunks].
+    """
+    g = jnp.maximum(log_decay.astype(jnp.float32) * softmax.LOG2E, _LEAST)
+    g = jnp.broadcast_to(jnp.moveaxis(g, 1, 2), (g.shape[0], scan.H, scan.S))
+    g = jnp.pad(g, ((0, 0), (0, 0), (0, scan.chunks * CHUNK - scan.S)))
+    return lax.cumsum(g.reshape(*g.shape[:2], -1, CHUNK), axis=3, reverse=scan.suffix).reshape(g.shape)
+
+
+def _tile_types(plan: Plan) -> dict[str, tma.TileType]:
+    t, D = plan.tile, tiles.padded(plan.scan.D)
+    found = {
+        "q_smem": plan.tile_type(t.stages, CHUNK, D),
+        "k_smem": plan.tile_type(t.stages, CHUNK, D),
+        "v_smem": plan.tile_type(t.stages * t.warpgroups, CHUNK, 64),
+        "out_smem": plan.tile_type(t.warpgroups, CHUNK, 64),
+        "state_smem": plan.tile_type(t.warpgroups, D, 64),
+    }
+    if plan.partnered:
+        found["partner_smem"] = found["v_smem"]
+    return found
+
+
+def _scratch(plan: Plan, decays: bool) -> dict[str, Any]:
+    t, types = plan.tile, _tile_types(plan)
+    copies = types["q_smem"].chunks + types["k_smem"].chunks + (1 + plan.partnered) * t.warpgroups + decays
+    return {
+        **{name: x.scratch for name, x in types.items()},
+        **({"sums_smem": plgpu.SMEM((t.stages, CHUNK), jnp.float32)} if decays else {}),
+        **({"dots_smem": plgpu.SMEM((t.warpgroups, 2, CHUNK), jnp.float32)} if plan.partnered else {}),
+        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=t.stages),
+        "empty": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
+    }
+
+
+class Work(NamedTuple):
+    """A CTA's: batch entry, head, and the first column of v for each consumer."""
+
+    b: jax.Array
+    h: jax.Array
+    columns: list[jax.Array]
+
+    def head(self, plan: Plan, gmem):
+        """The head of an operand that belongs to output head h."""
+        return lax.div(self.h, jnp.int32(plan.scan.H // gmem.shape[2]))
+
+
+def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
+    views = {name: x.view(scratch[name]) for name, x in _tile_types(plan).items()}
+    refs = Refs(**dict(zip(names, gmem, strict=True)), **{**scratch, **views})
+    cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+    part, index = lax.rem(cta, plan.slices), lax.div(cta, plan.slices)
+    columns = [(part * plan.tile.warpgroups + w) * 64 for w in range(plan.tile.warpgroups)]
+    work = Work(lax.div(index, plan.scan.H), lax.rem(index, plan.scan.H), columns)
+    consume = functools.partial(_consumer, plan, refs, work, wg)
+    produce = functools.partial(_producer, plan, refs, work)
+    lax.cond(wg < plan.tile.warpgroups, consume, produce)
+
+
+def _chunk(plan: Plan, step):
+    return plan.scan.chunks - 1 - step if plan.scan.later else step
+
+
+def _producer(plan: Plan, refs: Refs, work: Work) -> None:
+    plgpu.set_max_registers(plan.tile.producer_registers, action="decrease")
+    barriers.in_warps([functools.partial(_loader, plan, refs, work)], 0, plan.interpret)
+
+
+def _loader(plan: Plan, refs: Refs, work: Work) -> None:
+    t = plan.tile
+
+    def load(step, _):
+        slot, row = lax.rem(step, t.stages), _chunk(plan, step) * CHUNK
+        full = refs.full.at[slot]
+        pl.when(step >= t.stages)(lambda: plgpu.barrier_wait(refs.empty.at[slot]))
+        for smem, gmem in ((refs.q_smem, refs.q_gmem), (refs.k_smem, refs.k_gmem)):
+            smem.load(gmem, work.b, row, work.head(plan, gmem), slot, full)
+        for w, column in enumerate(work.columns):
+            n = slot * t.warpgroups + w
+            refs.v_smem.load(refs.v_gmem, work.b, row, work.head(plan, refs.v_gmem), n, full, column=column)
+            if refs.partner_gmem is not None:
+                head = work.head(plan, refs.partner_gmem)
+                refs.partner_smem.load(refs.partner_gmem, work.b, row, head, n, full, column=column)
+        if refs.sums_gmem is not None:
+            source = refs.sums_gmem.at[tma.batch_entry(refs.sums_gmem, work.b), work.h, pl.ds(row, CHUNK)]
+            plgpu.copy_gmem_to_smem(source, refs.sums_smem.at[slot], full)
+
+    lax.fori_loop(0, plan.scan.chunks, load, None)
+
+
+def _consumer(plan: Plan, refs: Refs, work: Work, wg) -> None:
+    plgpu.set_max_registers(plan.tile.registers, action="increase")
+    column = work.columns[0] + wg * 64
+    state = tuple(_initial(refs, work, n, column) for n in range(plan.blocks))
+    step = functools.partial(_step, plan, refs, work, wg, column)
+    state = lax.fori_loop(0, plan.scan.chunks, step, state)
+    for n, block in enumerate(state):
+        refs.final_gmem[work.b, work.h, pl.ds(n * 64, 64), pl.ds(column, 64)] = block
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _initial(refs: Refs, work: Work, n: int, column) -> jax.Array:
+    if refs.initial_gmem is None:
+        return plgpu.layout_cast(jnp.zeros((64, 64), jnp.float32), WGMMA)
+    block = refs.initial_gmem.at[work.b, work.h, pl.ds(n * 64, 64), pl.ds(column, 64)]
+    return _compat.load(block, WGMMA, optimized=False)
+
+
+def _step(plan: Plan, refs: Refs, work: Work, wg, column, step, state):
+    """One chunk: its output, and the state behind it."""
+    t, chunk = plan.tile, _chunk(plan, step)
+    slot, mine = lax.rem(step, t.stages), lax.rem(step, t.stages) * t.warpgroups + wg
+    for n, block in enumerate(state):
+        refs.state_smem.multiplied[wg, 0, pl.ds(n * 64, 64)] = block.astype(plan.scan.dtype)
+    plgpu.commit_smem()
+    if refs.anchors_gmem is not None:
+        _store_anchor(plan, refs, work, wg, column, step, chunk)
+    plgpu.barrier_wait(refs.full.at[slot])
+    decays = _decays(plan, refs, slot)
+    weights, far = _read(plan, refs, wg, slot, decays)
+    through_state = _dot(refs, mine, far) * plan.scan.scale if plan.partnered else None
+    out, state = _write(plan, refs, mine, slot, decays, weights, far, state)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    if through_state is not None:
+        refs.dots_smem[wg, 0] = through_state
+        refs.dots_smem[wg, 1] = _dot(refs, mine, out)
+    refs.out_smem.write(wg, out.astype(plan.scan.dtype))
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(refs.empty.at[slot])
+    refs.out_smem.store(refs.out_gmem, work.b, chunk * CHUNK, work.h, wg, column=column)
+    if refs.dots_gmem is not None:
+        dots = refs.dots_gmem.at[work.b, work.h, lax.div(column, 64), :, pl.ds(chunk * CHUNK, CHUNK)]
+        plgpu.copy_smem_to_gmem(refs.dots_smem.at[wg], dots)
+    return state
+
+
+def _dot(refs: Refs, mine, x) -> jax.Array:
+    """x . partner of each token."""
+    partner = _compat.load(refs.partner_smem.multiplied.at[mine, 0], WGMMA)
+    return (x * partner.astype(jnp.float32)).sum(axis=1)
+
+
+def _store_anchor(plan: Plan, refs: Refs, work: Work, wg, column, step, chunk) -> None:
+    first = (step == 0) | (lax.rem(chunk, WINDOW) == (WINDOW - 1 if plan.scan.later else 0))
+
+    @pl.when(first)
+    def _():
+        D = tiles.padded(plan.scan.D)
+        anchor = refs.anchors_gmem.at[work.b, work.h, lax.div(chunk, WINDOW), pl.ds(0, D), pl.ds(column, 64)]
+        plgpu.copy_smem_to_gmem(refs.state_smem.copied.at[wg, 0], anchor)
+
+
+class Decays(NamedTuple):
+    """The sums of one chunk, as rows, as columns, and the last."""
+
+    rows: jax.Array
+    columns: jax.Array
+    edge: jax.Array
+
+    def within(self, scan: Scan) -> jax.Array:
+        apart = _over_columns(self.rows) - lax.broadcast_in_dim(self.columns, BLOCK, [1])
+        return jnp.exp2(-apart if scan.adjoint else apart)
+
+    def enter(self, scan: Scan) -> jax.Array:
+        return _over_columns(jnp.exp2(self.edge - self.rows if scan.adjoint else self.rows))
+
+    def leave(self, scan: Scan) -> jax.Array:
+        return _over_columns(jnp.exp2(self.rows if scan.adjoint else self.edge - self.rows))
+
+
+def _over_columns(x: jax.Array) -> jax.Array:
+    return softmax.over_columns(x, BLOCK)
+
+
+def _decays(plan: Plan, refs: Refs, slot) -> Decays | None:
+    if refs.sums_smem is None:
+        return None
+    rows = _compat.load(refs.sums_smem.at[slot], softmax.ROWS)
+    columns = _compat.load(refs.sums_smem.at[slot], masking.COLUMNS)
+    return Decays(rows, columns, refs.sums_smem[slot, 0 if plan.scan.suffix else CHUNK - 1])
+
+
+def _read(plan: Plan, refs: Refs, wg, slot, decays: Decays | None) -> tuple[jax.Array, jax.Array]:
+    """The weights of the chunk, rounded, and enter q S."""
+    scan = plan.scan
+
+    def near(acc):
+        for n in range(plan.blocks):
+            q, k = (x.columns(slot, 64 * n, 64) for x in (refs.q_smem, refs.k_smem))
+            plgpu.wgmma(acc, q, k.transpose((1, 0)))
+        weights = plgpu.wgmma_accumulator_load(acc, wait_n=0)
+        if decays is not None:
+            weights = weights * decays.within(scan)
+        i, j = (plgpu.broadcasted_iota(jnp.int32, BLOCK, axis, layout=WGMMA) for axis in range(2))
+        return jnp.where(i <= j if scan.later else i >= j, weights, 0.0).astype(scan.dtype)
+
+    def far(acc):
+        for n in range(plan.blocks):
+            block = refs.state_smem.multiplied.at[wg, 0, pl.ds(64 * n, 64)]
+            plgpu.wgmma(acc, refs.q_smem.columns(slot, 64 * n, 64), block)
+        found = plgpu.wgmma_accumulator_load(acc, wait_n=0)
+        return found if decays is None else found * decays.enter(scan)
+
+    acc = plgpu.ACC(BLOCK, jnp.float32)
+    return pl.run_scoped(near, acc), pl.run_scoped(far, acc)
+
+
+def _write(plan: Plan, refs: Refs, mine, slot, decays: Decays | None, weights, far, state):
+    """out of the chunk, and the state behind it."""
+    scan, v = plan.scan, refs.v_smem.multiplied.at[mine, 0]
+
+    def near(acc):
+        acc[...] = far
+        plgpu.wgmma(acc, weights, v)
+        return plgpu.wgmma_accumulator_load(acc, wait_n=0)
+
+    def behind(*accs):
+        for n, (acc, block) in enumerate(zip(accs, state, strict=True)):
+            acc[...] = block if decays is None else block * jnp.exp2(decays.edge)
+            plgpu.wgmma(acc, refs.k_smem.columns(slot, 64 * n, 64).transpose((1, 0)), v)
+        return tuple(plgpu.wgmma_accumulator_load(acc, wait_n=len(accs) - 1 - n) for n, acc in enumerate(accs))
+
+    acc = plgpu.ACC(BLOCK, jnp.float32)
+    out = pl.run_scoped(near, acc) * scan.scale
+    if decays is not None:
+        left = _compat.load(v, WGMMA).astype(jnp.float32) * decays.leave(scan)
+        v[...] = left.astype(scan.dtype)
+        plgpu.commit_smem()
+    return out, pl.run_scoped(behind, *(acc for _ in state))

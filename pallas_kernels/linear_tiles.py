@@ -1,0 +1,31 @@
+"""One table: head dim -> tile of the scan of linear attention."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearTile:
+    """A CTA takes 64 columns of v for each of `warpgroups`; `stages` chunks of 64 tokens are loaded ahead."""
+
+    warpgroups: int
+    stages: int
+    registers: int  # of a consumer
+    producer_registers: int = 24
+    ctas: int = 1  # that an SM holds at a time
+    spill_bytes: int = 0  # what ptxas may spill; the compile test fails above it
+
+
+SCAN = {
+    64: LinearTile(warpgroups=1, stages=3, registers=128, ctas=2, spill_bytes=16),
+    128: LinearTile(warpgroups=2, stages=3, registers=240),
+    192: LinearTile(warpgroups=1, stages=3, registers=248),
+    256: LinearTile(warpgroups=1, stages=2, registers=248, spill_bytes=200),
+}
+
+
+def scan_tile(head_dim: int, value_dim: int) -> LinearTile:
+    """Of head dims that are multiples of 64."""
+    tile = SCAN[head_dim]
+    return dataclasses.replace(tile, warpgroups=min(tile.warpgroups, value_dim // 64))
