@@ -31,6 +31,28 @@ CASES = {
 }
 
 
+SHAPES = {
+    "D128": {},
+    "D64": dict(D=64, Sq=4, causal=True),
+    "odd": dict(Sc=4099, softcap=20.0),
+    "D128_pages": dict(page=16),
+    "D64_pages": dict(page=256, D=64, dtype=jnp.float16),
+}
+
+
+def call_on_shapes(*, B=16, Sq=1, H=32, Hk=8, D=128, Sc=4096, page=None, dtype=jnp.bfloat16, **options):
+    """A call of the kernel, and the shapes of its arguments."""
+
+    def run(q, k_cache, v_cache, lengths, table):
+        layout = dict(cache_seqlens=lengths, block_table=table)
+        return flash_attention_with_kvcache(q, k_cache, v_cache, **layout, **options, implementation="hopper")[0]
+
+    array = jax.ShapeDtypeStruct
+    cached = array((B, Sc, Hk, D) if page is None else (B * Sc // page, page, Hk, D), dtype)
+    table = None if page is None else array((B, Sc // page), jnp.int32)
+    return run, (array((B, Sq, H, D), dtype), cached, cached, array((B,), jnp.int32), table)
+
+
 def proven():
     return mock.patch.object(cache, "PROVEN", True)
 
@@ -52,6 +74,14 @@ def decoding_on_the_cpu():
 def test_matches_oracle(name):
     with decoding_on_the_cpu():
         assert_decodes(**CASES[name])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_lowers(name):
+    run, shapes = call_on_shapes(**SHAPES[name])
+    with on_hopper(), proven():
+        text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
 
 
 @pytest.mark.parametrize("D", decode.TILES)
