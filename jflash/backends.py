@@ -18,6 +18,7 @@ from jflash.xla import decode
 from jflash.xla import l1 as xla_l1
 from jflash.xla import linear as xla_linear
 from pallas_kernels import hopper
+from pallas_kernels.hopper import l1 as hopper_l1
 from pallas_kernels.hopper import cache as hopper_cache
 from pallas_kernels.hopper import linear as hopper_linear
 from pallas_kernels.problem import AttentionProblem, L1Problem, LinearProblem
@@ -58,6 +59,7 @@ LINEAR = (
     Backend("reference", _always, linear_reference.linear_attention, None),
 )
 L1 = (
+    Backend("hopper", hopper_l1.why_not, hopper_l1.forward, hopper_l1.backward),
     Backend("xla", _always, xla_l1.forward, xla_l1.backward),
     Backend("reference", _always, l1_reference.l1_attention, None),
 )

@@ -18,21 +18,48 @@ class L1ForwardTile:
     stages: int = 2
     registers: int = 240  # of a consumer
     producer_registers: int = 24
-    spill_bytes: int = 0
+    spill_bytes: int = 0  # none of it inside the loops over features
 
     @property
     def rows(self) -> int:
         return 64 * self.halves * self.warpgroups
 
 
+@dataclasses.dataclass(frozen=True)
+class L1BackwardTile:
+    """64 rows that stay for each of `warpgroups`, `block` rows that pass by a step."""
+
+    warpgroups: int = 2
+    block: int = 64
+    stages: int = 1
+    registers: int = 240  # of a consumer
+    producer_registers: int = 24
+    spill_bytes: int = 0  # none of it inside the loops over features
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.warpgroups
+
+
 FORWARD = {
     64: L1ForwardTile(block_kv=64, halves=2),
-    128: L1ForwardTile(block_kv=64, stages=1),
+    128: L1ForwardTile(block_kv=64, stages=1, spill_bytes=160),
 }
+
+BACKWARD = {
+    64: L1BackwardTile(stages=2, spill_bytes=16),
+    128: L1BackwardTile(spill_bytes=720),
+}
+FLOAT32_BACKWARD_128 = L1BackwardTile(warpgroups=1, spill_bytes=1400)  # more does not fit the shared memory
 
 
 def forward_tile(p: L1Problem) -> L1ForwardTile:
     return FORWARD[max(padded(p.D), padded(p.Dv))]
+
+
+def backward_tile(p: L1Problem) -> L1BackwardTile:
+    D = max(padded(p.D), padded(p.Dv))
+    return FLOAT32_BACKWARD_128 if D == 128 and p.dtype == "float32" else BACKWARD[D]
 
 
 def parts(p: L1Problem) -> int:

@@ -23,7 +23,6 @@ def why_not(p: L1Problem, direction: str) -> str | None:
         (p.exclude_diagonal, "exclude_diagonal is not in the kernels"),
         (p.bias_shape is not None, "bias is not in the kernels"),
         (p.mask_shape is not None, "mask is not in the kernels"),
-        (direction == "backward", "the backward is not in the kernels"),
         (UNPROVEN is not None, UNPROVEN),
     )
     return next((reason for failed, reason in reasons if failed), None)
@@ -39,4 +38,7 @@ def forward(p: L1Problem, a: AttentionArrays) -> tuple[jax.Array, jax.Array]:
 
 def backward(p: L1Problem, a: AttentionArrays, out, lse, d_out, d_lse) -> AttentionGradients:
     """Gradients of q, k, v and sinks."""
-    raise NotImplementedError
+    from pallas_kernels.hopper.l1_backward import l1_backward
+
+    with jax.enable_x64(False):
+        return l1_backward(p, a, out, lse, d_out, d_lse)

@@ -23,7 +23,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, l1_tiles, tiles
 from pallas_kernels.l1_tiles import L1ForwardTile
-from pallas_kernels.parts import barriers, float_rows, l1_distances, query_rows, schedule, softmax, split, tma
+from pallas_kernels.parts import (
+    barriers,
+    float_rows,
+    l1_distances,
+    l1_scores,
+    query_rows,
+    schedule,
+    softmax,
+    split,
+    tma,
+)
 from pallas_kernels.parts.float_rows import RowsType
 from pallas_kernels.parts.query_rows import QueryRows
 from pallas_kernels.parts.ranges import Range
@@ -264,11 +274,8 @@ def _take(plan: Plan, refs: Refs, slot, block, ids, rows: QueryRows, negative, c
 
 def _scored(plan: Plan, rows: QueryRows, block, negative, ids) -> tuple[jax.Array, float]:
     """Scores in units of 1 / factor in base 2, -inf where a key is not seen."""
-    p = plan.problem
-    if p.kind == "reciprocal":
-        negative = 1.0 / (p.eps - p.scale * negative)
-        p = dataclasses.replace(p, scale=1.0)
-    s, factor, _ = query_rows.scored(p, rows, block, negative, ids, plan.interpret)
+    s, unit, _ = l1_scores.of_distances(plan.problem, negative)
+    s, factor, _ = query_rows.scored(unit, rows, block, s, ids, plan.interpret)
     return s, factor
 
 

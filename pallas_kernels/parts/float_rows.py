@@ -12,9 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm
+
+from pallas_kernels.parts import wgmma_layout
+from pallas_kernels.parts.wgmma_layout import integer
 
 CHUNK = 32
+FOUR = 4  # features of one access
+FOURS = CHUNK // FOUR
+_ROW = 4 * CHUNK  # bytes
 TRANSFORMS = (plgpu.SwizzleTransform(128),)
 
 
@@ -43,6 +52,12 @@ class RowsType:
             columns = pl.ds(row * 0 + c * CHUNK, CHUNK)  # no constant: it may reach past the end
             plgpu.copy_gmem_to_smem(source.at[index, pl.ds(row, self.rows), head, columns], ref.at[n, c], barrier)
 
+    def store(self, ref, target, index, row, head, n) -> None:
+        """Starts writing tile n to rows from `row` of target[index, :, head]; what lies outside is clipped."""
+        for c in range(self.chunks):
+            columns = pl.ds(row * 0 + c * CHUNK, CHUNK)
+            plgpu.copy_smem_to_gmem(ref.at[n, c], target.at[index, pl.ds(row, self.rows), head, columns])
+
 
 def fit(x: jax.Array, rows: int) -> jax.Array:
     """x [B, S, H, D] in float32, padded to what TMA takes: at least a box, columns in 16 bytes."""
@@ -55,3 +70,37 @@ def values(ref: Any, n, count: int) -> jax.Array:
     """Tiles n to n + count as [count rows, columns], for the interpreter."""
     x = ref[pl.ds(n, count)]
     return jnp.swapaxes(x, 1, 2).reshape(count * x.shape[2], -1)
+
+
+def thread() -> tuple[ir.Value, ir.Value]:
+    """The number of a thread's warp in its warpgroup, and its own in the warp."""
+    index = arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x))
+    return over(arith.remui(index, integer(128)), 32), arith.remui(index, integer(32))
+
+
+def pointer(ref, chunk, row, four) -> ir.Value:
+    """Where four features of a row of a tile lie, in shared memory."""
+    before = arith.addi(arith.muli(chunk, integer(ir.MemRefType(ref.type).shape[1])), row)
+    swizzled = arith.muli(arith.xori(four, arith.remui(row, integer(8))), integer(4 * FOUR))
+    return moved(utils.memref_ptr(ref), arith.addi(arith.muli(before, integer(_ROW)), swizzled))
+
+
+def below(start: ir.Value, rows: int) -> ir.Value:
+    """The pointer `rows` rows further on, a multiple of 8."""
+    return moved(start, rows * _ROW)
+
+
+def read(start: ir.Value) -> list[ir.Value]:
+    """Four float32 in one access."""
+    quad = ir.VectorType.get((FOUR,), ir.F32Type.get())
+    found = llvm.load(quad, start, alignment=4 * FOUR)
+    return [wgmma_layout.scalar(found, n) for n in range(FOUR)]
+
+
+def moved(start: ir.Value, offset) -> ir.Value:
+    """The pointer some bytes further on."""
+    return utils.getelementptr(start, [offset], ir.IntegerType.get_signless(8))
+
+
+def over(x: ir.Value, divisor: int) -> ir.Value:
+    return arith.divui(x, integer(divisor))

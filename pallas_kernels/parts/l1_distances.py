@@ -15,17 +15,13 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm
+from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import math as math_dialect
 
 from pallas_kernels._compat import Interpret
 from pallas_kernels.parts import float_rows, wgmma_layout
-from pallas_kernels.parts.float_rows import CHUNK, TRANSFORMS
+from pallas_kernels.parts.float_rows import FOURS, TRANSFORMS, over
 from pallas_kernels.parts.wgmma_layout import integer
-
-_WIDTH = 4  # features of a read
-_READS = CHUNK // _WIDTH  # of a row of a chunk
-_ROW = 4 * CHUNK  # its bytes
 
 
 def negative_distances(x_ref, first, count: int, y_ref, n, interpret: Interpret) -> list[jax.Array]:
@@ -46,27 +42,25 @@ def negative_distances(x_ref, first, count: int, y_ref, n, interpret: Interpret)
 
 def _distances(columns: int, _, y_ref, *x_refs):
     """A loop over reads of four features; the sums of a thread go round with it."""
-    thread = arith.remui(arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x)), integer(128))
-    lane = arith.remui(thread, integer(32))
-    row = arith.addi(arith.muli(_over(thread, 32), integer(16)), _over(lane, 4))
+    warp, lane = float_rows.thread()
+    row = arith.addi(arith.muli(warp, integer(16)), over(lane, 4))
     column = arith.muli(arith.remui(lane, integer(4)), integer(2))
-    xs = [Rows(x, row) for x in x_refs]
-    ys = [Rows(y_ref, arith.addi(column, integer(e))) for e in range(2)]
     zero = [wgmma_layout.real(0.0)] * (columns // 2)
-    reads = ir.MemRefType(y_ref.type).shape[0] * _READS
+    fours = ir.MemRefType(y_ref.type).shape[0] * FOURS
 
-    @utils.fori(integer(reads), [list(zero) for _ in xs])
-    def done(read, sums):
-        starts = [x.at(read) for x in xs]
-        near = [[_four(start, 8 * r) for r in range(2)] for start in starts]
-        ends = [y.at(read) for y in ys]
+    @utils.fori(integer(fours), [list(zero) for _ in x_refs])
+    def done(n, sums):
+        place = over(n, FOURS), arith.remui(n, integer(FOURS))
+        starts = [_pointer(x, row, place) for x in x_refs]
+        near = [[float_rows.read(float_rows.below(start, 8 * r)) for r in range(2)] for start in starts]
+        ends = [_pointer(y_ref, arith.addi(column, integer(e)), place) for e in range(2)]
         for j in range(columns // 8):
             for e in range(2):
-                far = _four(ends[e], 8 * j)
+                far = float_rows.read(float_rows.below(ends[e], 8 * j))
                 for total, x in zip(sums, near, strict=True):
                     for r in range(2):
-                        n = 4 * j + 2 * r + e
-                        total[n] = arith.subf(total[n], _size(x[r], far))
+                        at = 4 * j + 2 * r + e
+                        total[at] = arith.subf(total[at], _size(x[r], far))
         return sums
 
     def tile(total):
@@ -75,24 +69,9 @@ def _distances(columns: int, _, y_ref, *x_refs):
     return [tile(total) for total in done.results]
 
 
-class Rows:
-    """Every eighth row of a tile, from `row` on, in shared memory."""
-
-    def __init__(self, ref, row):
-        self.memory, self.rows = utils.memref_ptr(ref), ir.MemRefType(ref.type).shape[1]
-        self.row, self.phase = arith.muli(row, integer(_ROW)), arith.remui(row, integer(8))
-
-    def at(self, read):
-        """Where four features of `row` are; those of a row further on lie as many whole rows behind."""
-        chunk = arith.muli(_over(read, _READS), integer(self.rows * _ROW))
-        swizzled = arith.xori(arith.remui(read, integer(_READS)), self.phase)
-        return _moved(self.memory, arith.addi(arith.addi(chunk, self.row), arith.muli(swizzled, integer(16))))
-
-
-def _four(start, rows: int) -> list[ir.Value]:
-    quad = ir.VectorType.get((_WIDTH,), ir.F32Type.get())
-    read = llvm.load(quad, _moved(start, rows * _ROW), alignment=16)
-    return [wgmma_layout.scalar(read, n) for n in range(_WIDTH)]
+def _pointer(ref, row, place):
+    chunk, four = place
+    return float_rows.pointer(ref, chunk, row, four)
 
 
 def _size(x: list[ir.Value], y: list[ir.Value]) -> ir.Value:
@@ -101,15 +80,3 @@ def _size(x: list[ir.Value], y: list[ir.Value]) -> ir.Value:
     while len(sizes) > 1:
         sizes = [arith.addf(a, b) for a, b in zip(sizes[::2], sizes[1::2], strict=True)]
     return sizes[0]
-
-
-def _moved(pointer, offset):
-    return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
-
-
-def _over(x, divisor: int):
-    return arith.divui(x, integer(divisor))
-
-
-def _i32():
-    return ir.IntegerType.get_signless(32)

@@ -1,0 +1,153 @@
+"""The Hopper kernels of L1 attention, forward and backward: interpreted, and compiled for an H100."""
+
+import contextlib
+import functools
+import importlib.metadata
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jflash.l1
+from jflash import l1_attention
+from pallas_kernels import l1_tiles
+from pallas_kernels.hopper import l1, l1_backward, l1_forward
+from tests.kernels import calls, interpreter
+from tests.kernels.calls import on_hopper
+from tests.kernels.h100 import compile_for_h100
+from tests.l1.rule import assert_same, inputs
+
+OLD = jax.__version_info__ < (0, 11)
+CASES = {
+    "full": (dict(Sq=128, Sk=192, H=1, D=64), {}),
+    "causal": (dict(Sq=150, Sk=130, H=1, D=40, Dv=24), dict(causal=True)),
+    "grouped": (dict(B=2, Sq=70, Sk=100, H=2, Hk=1, D=20), dict(window=(40, 20), sink=jnp.array([0.3, -1.0]))),
+    "reciprocal": (dict(Sq=100, H=1, D=64), dict(kind="reciprocal", eps=0.5)),
+    "no_rows_see_keys": (dict(Sq=200, Sk=70, H=1, D=32), dict(causal=True)),
+    "D128": (dict(Sq=100, H=1, D=128), {}),
+    "segments": (dict(Sq=130, H=1, D=33, Dv=72), dict(segment_ids=jnp.repeat(jnp.arange(5), 26)[None])),
+    "bfloat16": (dict(dtype=jnp.bfloat16, Sq=130, Sk=100, H=2, Hk=1, D=64), dict(causal=True)),
+    "float16": (dict(dtype=jnp.float16, Sq=70, H=1, D=128, Dv=64), {}),
+}
+QUICK = {"causal"} if OLD else {"full", "causal", "grouped", "bfloat16"}
+
+
+@contextlib.contextmanager
+def on_the_cpu():
+    """Fails on a race, also where JAX only records it."""
+    params = interpreter.params()
+    interpreter.reset()
+    jax.clear_caches()
+    with contextlib.ExitStack() as patches:
+        for module, name in ((l1_forward, "l1_forward"), (l1_backward, "l1_backward")):
+            call = functools.partial(getattr(module, name), interpret=params)
+            patches.enter_context(mock.patch.object(module, name, call))
+        patches.enter_context(mock.patch.object(l1, "UNPROVEN", None))
+        patches.enter_context(on_hopper())
+        yield
+    jax.clear_caches()
+    assert not interpreter.found_races(), "the race detector found a race"
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_matches_oracle(name):
+    shape, options = CASES[name]
+    attend = functools.partial(l1_attention, **options, return_lse=True)
+    with on_the_cpu():
+        assert_same(
+            lambda arrays: attend(**arrays, implementation="hopper"),
+            lambda arrays: attend(**arrays, implementation="reference"),
+            inputs(0, **shape),
+        )
+
+
+COMPILED = {
+    "D64": (dict(D=64), {}),
+    "D64_causal": (dict(D=64, Hk=2), dict(causal=True)),
+    "D64_bfloat16": (dict(D=64, dtype=jnp.bfloat16), {}),
+    "D128": (dict(D=128), {}),
+    "D128_ragged": (dict(D=128, S=1001), dict(causal=True)),
+    "D40_reciprocal": (dict(D=40, S=333), dict(kind="reciprocal")),
+    "D128_bfloat16": (dict(D=128, dtype=jnp.bfloat16, S=1001), dict(causal=True)),
+}
+
+
+def forward_and_backward(options: dict):
+    def run(qkv, d_out, d_lse):
+        attend = functools.partial(l1_attention, **options, return_lse=True, implementation="hopper")
+        outputs, pull = jax.vjp(attend, *qkv)
+        return outputs, pull((d_out, d_lse))
+
+    return run
+
+
+@contextlib.contextmanager
+def for_hopper():
+    with on_hopper(), mock.patch.object(l1, "UNPROVEN", None):
+        yield
+
+
+def shapes(*, D: int, S=1024, Hk=None, dtype=jnp.float32):
+    (q, k, v), _, d_out, d_lse = calls.shapes(B=1, S=S, H=4, Hk=Hk, D=D, dtype=dtype)
+    return (q, k, v), d_out, d_lse
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_lowers(name):
+    shape, options = COMPILED[name]
+    with for_hopper():
+        text = jax.jit(forward_and_backward(options)).trace(*shapes(**shape)).lower(lowering_platforms=("cuda",))
+    assert text.as_text().count("custom_call @mosaic_gpu") == 3  # forward, dq, dk and dv
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", COMPILED)
+def test_ptxas_has_no_complaint(name):
+    for wheel in ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc"):
+        try:
+            importlib.metadata.version(wheel)
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"needs the wheel {wheel}; `make test-compile` installs it")
+    shape, options = COMPILED[name]
+    with for_hopper():
+        _, kernels = compile_for_h100(forward_and_backward(options), *shapes(**shape))
+    D = 64 if shape["D"] <= 64 else 128
+    backward = l1_tiles.FLOAT32_BACKWARD_128 if D == 128 and "dtype" not in shape else l1_tiles.BACKWARD[D]
+    limits = {
+        "l1_forward": l1_tiles.FORWARD[D].spill_bytes,
+        "l1_backward_q": backward.spill_bytes,
+        "l1_backward_k": backward.spill_bytes,
+    }
+    assert {kernel.name for kernel in kernels} == limits.keys()
+    for kernel in kernels:
+        assert kernel.serialized is None, f"{kernel.name}: {kernel.serialized}"
+        assert kernel.spill_bytes <= limits[kernel.name], f"{kernel.name} spills {kernel.spill_bytes} bytes"
+
+
+def test_is_not_dispatched_to_before_a_gpu_has_run_it():
+    with on_hopper():
+        q = jnp.ones((1, 8, 1, 16))
+        reason = jflash.l1.why_not(q, q, q, implementation="hopper")
+    assert reason == l1.UNPROVEN is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(weight="exp"), "weight='exp'"),
+        (dict(center=True), "center"),
+        (dict(exclude_diagonal=True), "exclude_diagonal"),
+        (dict(bias=jnp.ones((8, 8))), "bias"),
+        (dict(mask=jnp.ones((8, 8), bool)), "mask"),
+        (dict(scale=-1.0), "scale=-1.0"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_says_why_not(options, said):
+    q = jnp.ones((1, 8, 1, 16))
+    with for_hopper():
+        assert said in jflash.l1.why_not(q, q, q, implementation="hopper", **options)
+        assert jflash.l1.why_not(q, q, q, implementation="hopper") is None
