@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflash import LinearAttentionState, linear_attention
-from tests.oracle import assert_close
+from tests.oracle import assert_close, on_the_cpu
 
 DECAYS = (None, "head", "token")
 
@@ -43,7 +43,9 @@ def assert_matches_oracle(arrays: dict, implementation="xla", attend=linear_atte
     dtype = arrays["q"].dtype
     with jax.enable_x64(dtype == jnp.float64):
         ours = everything(attend, arrays, implementation=implementation, **options)
-        low = everything(linear_attention, arrays, implementation="reference", **options)
+        with on_the_cpu():
+            here = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), arrays)
+            low = everything(linear_attention, here, implementation="reference", **options)
     ref = exact(arrays, **options)
     assert ours.keys() == ref.keys()
     for name in ref:
@@ -53,7 +55,7 @@ def assert_matches_oracle(arrays: dict, implementation="xla", attend=linear_atte
 
 def exact(arrays: dict, **options) -> dict:
     """`everything` of the oracle in float64."""
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), on_the_cpu():
         wide = jax.tree.map(lambda x: x if x.dtype == bool else jnp.asarray(np.asarray(x, np.float64)), arrays)
         options = {name: np.asarray(x) if isinstance(x, jax.Array) else x for name, x in options.items()}
         return everything(linear_attention, wide, implementation="reference", **options)

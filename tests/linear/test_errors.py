@@ -41,7 +41,7 @@ BAD = {
     "initial_state must be a LinearAttentionState, got ArrayImpl": {"initial_state": STATE.kv},
     "batch=2 must be 1 with cu_seqlens": {"cu_seqlens": jnp.asarray([0, 8])},
     "scale=nan must be finite": {"scale": float("nan")},
-    "implementation='hopper' must be None or one of": {"implementation": "hopper"},
+    "implementation='cuda' must be None or one of": {"implementation": "cuda"},
 }
 BAD_PACKED = {
     "must start at 0": [1, 8],
