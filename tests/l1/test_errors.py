@@ -31,7 +31,7 @@ K = jnp.ones((2, 6, 2, 8))
         (dict(window=(-2, 0)), r"window left=-2 must be >= 0"),
         (dict(mask=jnp.ones((3, 1, 1, 6), bool)), r"mask.shape=\(3, 1, 1, 6\) must broadcast to \[B, H, Sq, Sk\]"),
         (dict(cu_seqlens=jnp.asarray([0, 5])), r"cu_seqlens needs batch=1, sequences packed in one row, got batch=2"),
-        (dict(implementation="cuda"), r"implementation='cuda' must be None or one of 'xla', 'reference'"),
+        (dict(implementation="cuda"), r"implementation='cuda' must be None or one of 'hopper', 'xla', 'reference'"),
     ],
     ids=lambda x: "" if isinstance(x, str) else str(x)[:40],
 )
