@@ -18,8 +18,8 @@ from jflash.xla import decode
 from jflash.xla import l1 as xla_l1
 from jflash.xla import linear as xla_linear
 from pallas_kernels import hopper
-from pallas_kernels.hopper import l1 as hopper_l1
 from pallas_kernels.hopper import cache as hopper_cache
+from pallas_kernels.hopper import l1 as hopper_l1
 from pallas_kernels.hopper import linear as hopper_linear
 from pallas_kernels.problem import AttentionProblem, L1Problem, LinearProblem
 
