@@ -40,7 +40,9 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: int32 or int64 [N + 1], rising from 0. Their values are checked on CPU only.
         max_seqlen_q, max_seqlen_k: checked on CPU, and not needed.
         alibi_slopes: float32 [H] or [N, H].
-        block_table: must be None; for paged keys use `flash_attn_with_kvcache`.
+        block_table: integers [N, n]: k and v are pages, [pages, page, Hk, D] and [pages, page, Hk, Dv], and page j of
+            sequence m is row `block_table[m, j]`. The pages in use are gathered first: give max_seqlen_k, or all
+            that the table names are. Values are checked on CPU only.
         The rest as for `flash_attn_func`.
 
     Returns:
@@ -48,12 +50,12 @@ def flash_attn_varlen_func(
 
     Raises:
         ValueError, TypeError: an argument breaks a rule above; the message names both.
-        NotImplementedError: block_table, or as for `flash_attn_func`.
+        NotImplementedError: as for `flash_attn_func`.
 
     Source: the interface of flash_attn 2; Dao, FlashAttention-2 (arXiv 2307.08691).
     """
     if block_table is not None:
-        raise NotImplementedError("block_table must be None: for paged keys use flash_attn_with_kvcache")
+        k, v = _from_pages(k, v, block_table, cu_seqlens_k, max_seqlen_k)
     for name, x in (("q", q), ("k", k), ("v", v)):
         _arguments.check_axes(name, x, "[tokens, heads, dim]")
     cu_seqlens_q = _arguments.cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
@@ -120,6 +122,36 @@ def flash_attn_varlen_qkvpacked_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
+
+
+def _from_pages(k: Tensor, v: Tensor, table: Tensor, cu_seqlens: Tensor, longest: int | None) -> tuple[Tensor, ...]:
+    """k and v packed, of the pages that a table [N, n] names, and zeros behind the last sequence."""
+    for name, x in (("k", k), ("v", v)):
+        _arguments.check_axes(name, x, "[pages, page, heads, dim]")
+    (pages, page), N = k.shape[:2], cu_seqlens.shape[0] - 1
+    if v.shape[:2] != k.shape[:2]:
+        raise ValueError(f"k.shape={list(k.shape)} and v.shape={list(v.shape)} must agree in pages and page")
+    if table.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"block_table.dtype={table.dtype} must be torch.int32 or torch.int64")
+    if table.dim() != 2 or table.shape[0] != N or 0 in table.shape:
+        raise ValueError(f"block_table.shape={list(table.shape)} must be [N, pages] with N={N} and pages > 0")
+    room = table.shape[1] * page
+    if _arguments.values_are_known(cu_seqlens) and _arguments.values_are_known(table):
+        lengths = cu_seqlens.diff()
+        if lengths.max() > room:
+            raise ValueError(
+                f"cu_seqlens_k={cu_seqlens.tolist()} has {int(lengths.max())} keys, the table room for {room}"
+            )
+        used = table[torch.arange(table.shape[1]) * page < lengths[:, None]]
+        if used.numel() and (used.min() < 0 or used.max() >= pages):
+            raise ValueError(f"rows {used.tolist()} of block_table must be in [0, {pages})")
+    tokens = N * (room if longest is None else min(room, longest))
+    token = torch.arange(tokens, device=k.device, dtype=cu_seqlens.dtype)
+    sequence = (torch.searchsorted(cu_seqlens, token, right=True) - 1).clamp(0, N - 1)
+    place = (token - cu_seqlens[sequence]).clamp(0, room - 1)
+    rows = table[sequence, place // page].clamp(0, pages - 1)
+    there = (token < cu_seqlens[-1])[:, None, None]
+    return tuple(torch.where(there, x[rows, place % page], 0) for x in (k, v))
 
 
 def _slopes_of_tokens(slopes: Tensor, cu_seqlens: Tensor, q: Tensor) -> Tensor:

@@ -173,8 +173,56 @@ ERRORS = {
     "counts": ({"cu_seqlens_k": CU[:3]}, ValueError, r"\[6\] and \[3\] must be equal"),
     "batched": ({"q": torch.zeros(1, 39, 4, 16)}, ValueError, r"must have 3 axes: \[tokens, heads, dim\]"),
     "slopes": ({"alibi_slopes": SLOPES[:3]}, ValueError, r"alibi_slopes.shape=\[3, 4\] must be"),
-    "pages": ({"block_table": torch.zeros(5, 1)}, NotImplementedError, "use flash_attn_with_kvcache"),
+    "table": ({"block_table": torch.zeros(5, 1)}, ValueError, r"k.shape=\[39, 2, 16\] must have 4 axes: \[pages"),
 }
+
+
+def pages(seed, size, lengths=LENGTHS):
+    """Keys and values packed, and the same in pages in random order, NaN where nothing is, with their table."""
+    _, k, v = (x.detach() for x in packed(seed, T=sum(lengths)))
+    n = -(-max(lengths) // size)
+    table = torch.randperm(3 * len(lengths) * n, generator=torch.Generator().manual_seed(seed))[: len(lengths) * n]
+    table = table.view(-1, n).int()
+    found = [torch.full((3 * table.numel(), size, *x.shape[1:]), torch.nan) for x in (k, v)]
+    for row, *parts in zip(table, k.split(lengths), v.split(lengths), strict=True):
+        for x, part in zip(found, parts, strict=True):
+            for page, piece in zip(row, part.split(size), strict=False):
+                x[page, : len(piece)] = piece
+    return (k, v), [x.requires_grad_() for x in found], table
+
+
+@pytest.mark.parametrize("longest", [None, 19])
+@pytest.mark.parametrize("size", [1, 8, 256])
+def test_pages(size, longest):
+    """The same attention as of packed keys, and gradients where the keys lie."""
+    q, cu = packed(14)[0], cu_seqlens()
+    whole, (k, v), table = pages(15, size)
+    expected = flash_attn_varlen_func(q, *whole, cu, cu, 19, longest, causal=True)
+    out = flash_attn_varlen_func(q, k, v, cu, cu, 19, longest, causal=True, block_table=table)
+    torch.testing.assert_close(out, expected)
+    weight = cotangent(out, 16)
+    (expected,) = torch.autograd.grad(flash_attn_varlen_func(q, *whole, cu, cu, causal=True), q, weight)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), weight)
+    torch.testing.assert_close(dq, expected)
+    for x, dx in ((k, dk), (v, dv)):
+        assert torch.isfinite(dx).all()
+        assert not dx[x.isnan()].any()
+        assert dx[~x.isnan()].all()
+
+
+PAGE_ERRORS = {
+    "room": (lambda table: table[:, :2], r"has 19 keys, the table room for 16"),
+    "rows": (lambda table: table.clone().fill_(10**6), r"of block_table must be in \[0, 45\)"),
+    "counts": (lambda table: table[:3], r"block_table.shape=\[3, 3\] must be \[N, pages\] with N=5"),
+}
+
+
+@pytest.mark.parametrize("name", PAGE_ERRORS)
+def test_page_errors(name):
+    change, message = PAGE_ERRORS[name]
+    _, (k, v), table = pages(17, 8)
+    with pytest.raises(ValueError, match=message):
+        flash_attn_varlen_func(packed(18)[0], k, v, CU, CU, block_table=change(table))
 
 
 @pytest.mark.parametrize("name", ERRORS)
