@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from bench import attention, decode, l1, linear, varlen
+from bench import attention, decode, interop, l1, linear, varlen
 
-BENCHMARKS = {"attention": attention, "decode": decode, "l1": l1, "linear": linear, "varlen": varlen}
+BENCHMARKS = {
+    "attention": attention,
+    "decode": decode,
+    "interop": interop,
+    "l1": l1,
+    "linear": linear,
+    "varlen": varlen,
+}
 
 
 def main() -> None:

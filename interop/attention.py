@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from interop import _arguments
+from interop import _arguments, direct
 from interop.operands import TENSORS, Operands, Options
 from interop.ops import attention_backward, attention_forward
 
@@ -30,6 +32,12 @@ def attention(
     alibi_slopes are [H] or [B, H]. cu_seqlens int32 [1, 2, N + 1] says where packed sequences start; alibi_slopes
     may then be [1, H, Sq].
     """
+    if torch.are_deterministic_algorithms_enabled():
+        options = options._replace(deterministic=True)
+    if attn_mask is bias is segment_ids is alibi_slopes is sinks is cu_seqlens is None:
+        found = _repeated(q, k, v, options)
+        if found is not None:
+            return found
     for name, x in (("q", q), ("k", k), ("v", v)):
         _arguments.check_axes(name, x, "[batch, seq, heads, dim]")
     q, k, v = autocast(q, k, v)
@@ -56,9 +64,31 @@ def attention(
         dropout_seed=draw_seed(q.device) if options.dropout_p else None,
         cu_seqlens=cu_seqlens,
     )
-    if torch.are_deterministic_algorithms_enabled():
-        options = options._replace(deterministic=True)
     return _function().apply(*operands, *options)
+
+
+def _repeated(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor] | None:
+    """The results of a call like one that torch has launched, so that all about it has been checked; else None."""
+    if not _are_plain(q, k, v):
+        return None
+    operands = Operands(q, k, v)
+    call = direct.signature("forward", operands, options)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Repeated.apply(q, k, v, options, call) if direct.launches.get(call) else None
+    found = direct.again(call, operands)
+    return None if found is None else (found[0], found[1])
+
+
+def _are_plain(*tensors) -> bool:
+    """Whether the operator would do nothing but run: nobody transforms, traces or records calls."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if is_in_torch_dispatch_mode() or torch._C._get_tracing_state() or torch.autograd.profiler._is_profiler_enabled:
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    casts = torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
+    return not casts and all(type(x) is Tensor for x in tensors)
 
 
 def autocast(*tensors: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
@@ -105,6 +135,21 @@ class _Eager(_Traced):
     @staticmethod
     def jvp(ctx, *tangents):
         return _no_forward_mode()
+
+
+class _Repeated(_Eager):
+    """For a call that has been launched before: fewer arguments, half the time."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, options, call):
+        operands = Operands(q, k, v)
+        out, lse = direct.launches[call](operands)
+        _save(ctx, (*operands, *options), (out, lse))
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, d_out, d_lse):
+        return *_gradients(ctx, d_out, d_lse)[:3], None, None
 
 
 class _Functorch(torch.autograd.Function):

@@ -101,7 +101,7 @@ def canonical(t: Tensor) -> Tensor:
         t = t.resolve_neg()  # DLPack knows no lazy minus and would export the values without it
     if not t.is_contiguous():
         t = t.contiguous()
-    elif t.stride() != (dense := _row_major(t.shape)):
+    elif t.stride() != (dense := row_major(t.shape)):
         t = t.as_strided(t.shape, dense)  # an axis of size 1 has any stride, which JAX takes for a layout
     if t.data_ptr() % _ALIGNMENT.get(t.device.type, 1):
         t = t.clone(memory_format=torch.contiguous_format)
@@ -152,7 +152,8 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of such a tensor."""
     strides, stride = [], 1
     for n in reversed(shape):
         strides.append(stride)

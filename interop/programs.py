@@ -6,6 +6,7 @@ JAX lowers a function to StableHLO. Where that holds nothing but kernels, and op
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -173,7 +174,9 @@ def _type(value) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 def _pad(op, operands) -> Callable | None:
-    low, high, interior = (list(op.attributes[name]) for name in ("edge_padding_low", "edge_padding_high", "interior_padding"))
+    low, high, interior = (
+        list(op.attributes[name]) for name in ("edge_padding_low", "edge_padding_high", "interior_padding")
+    )
     if not any([*low, *high, *interior]):
         return None
     if any(interior) or min([*low, *high]) < 0 or not isinstance(operands[1], Tensor):
@@ -185,8 +188,11 @@ def _pad(op, operands) -> Callable | None:
 
 def _slice(op, _) -> Callable | None:
     starts, limits, strides = (list(op.attributes[name]) for name in ("start_indices", "limit_indices", "strides"))
-    where = tuple(slice(*bounds) for bounds in zip(starts, limits, strides, strict=True))
-    return lambda x: x[where].contiguous()
+    if set(strides) != {1}:
+        raise Unsupported("stablehlo.slice with steps")
+    whole = ir.RankedTensorType(op.operands[0].type).shape
+    cuts = [(n, a, b - a) for n, (a, b) in enumerate(zip(starts, limits, strict=True)) if b - a < whole[n]]
+    return (lambda x: functools.reduce(lambda y, cut: y.narrow(*cut), cuts, x).contiguous()) if cuts else None
 
 
 def _broadcast(op, operands) -> Callable | None:

@@ -194,7 +194,7 @@ def test_inputs_may_go_or_change_after_the_call():
 
 def test_output_may_go_while_another_stream_reads_it():
     """JAX gets the memory of an output back only after the stream that was current when it went."""
-    tensors, others = qkv(10, Sq=2048, grad=False), qkv(11, Sq=2048, grad=False)
+    tensors, others = (qkv(n, torch.float32, Sq=2048, grad=False) for n in (10, 11))
     expected = flash_attn_func(*tensors)
     flash_attn_func(*others)
     side = torch.cuda.Stream()
@@ -216,7 +216,7 @@ def test_output_may_go_while_another_stream_reads_it():
 
 
 def test_jax_memory_does_not_grow():
-    tensors = qkv(12, Sq=2048)
+    tensors = qkv(12, torch.float32, Sq=2048)
 
     def step():
         out = flash_attn_func(*tensors, causal=True)
@@ -229,7 +229,7 @@ def test_jax_memory_does_not_grow():
 
 
 def test_graph_capture_raises():
-    q, k, v = qkv(13, grad=False)
+    q, k, v = qkv(13, torch.float32, grad=False)  # which XLA runs
     out = flash_attn_func(q, k, v)
     expected = out.clone()
     x = torch.zeros(8, device=CUDA)

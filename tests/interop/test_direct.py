@@ -1,17 +1,23 @@
 """Calls launched without XLA, as far as a CPU shows it: the kernels are played by Python functions on addresses."""
 
+import contextlib
 import ctypes
 import functools
 import math
+import re
+import struct
+import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 
-from interop import attention, bridge, direct, flash_attn_func, kernels, programs
+from interop import bridge, direct, flash_attn_func, kernels, programs
 from interop.operands import Operands, Options
-from tests.interop.cases import by_definition, cotangent, qkv
+from pallas_kernels import _compat
+from tests.interop.cases import Recorded, by_definition, cotangent, qkv
 from tests.kernels.calls import on_hopper
 
 CPU = torch.device("cpu")
@@ -41,13 +47,14 @@ def played(monkeypatch):
         queue = list(players)
 
         def compiled(module):
-            assert isinstance(module, bytes) and len(module) > 1000
+            assert isinstance(module, bytes)
+            assert len(module) > 1000
             number = len(players) - len(queue)
             player = queue.pop(0)
 
             def launch(kernel, stream, addresses):
                 assert (kernel, stream) == (number, 7)
-                player(*addresses)
+                player(*struct.unpack(f"{len(addresses) // 8}P", addresses))
 
             return number, launch
 
@@ -60,7 +67,7 @@ def played(monkeypatch):
 class Attention:
     """The kernels of attention, played on memory of the shapes that they would see."""
 
-    def __init__(self, q, k, v, rows, block_kv, block_q, **options):
+    def __init__(self, q, k, v, *, rows, block_kv, block_q, **options):
         self.tensors, self.options = (q, k, v), options
         (self.B, self.Sq, self.H, self.D), (_, self.Sk, self.Hk, _) = q.shape, k.shape
         self.rows, self.block_kv, self.block_q = rows, block_kv, block_q
@@ -91,7 +98,8 @@ class Attention:
         shape = (self.B, self.Sq, self.H, self.D)
         out, d_out = (self.array(x, shape, 64) for x in (out, d_out))
         lse, d_lse = (memory(x, self.statistics, torch.float32) for x in (lse, d_lse))
-        assert (lse[:, :, self.Sq :] == -math.inf).all() and not d_lse[:, :, self.Sq :].any()
+        assert (lse[:, :, self.Sq :] == -math.inf).all()
+        assert not d_lse[:, :, self.Sq :].any()
         memory(lse2, self.statistics, torch.float32)[:] = lse * LOG2E
         rows = torch.zeros(self.statistics)
         rows[:, :, : self.Sq] = (out.double() * d_out.double()).sum(-1).transpose(1, 2)
@@ -118,17 +126,18 @@ class Attention:
         memory(dq, (self.B, max(self.Sq, self.block_q), self.H, self.D), torch.float16)[:, : self.Sq] = found
 
 
-SHAPES = {  # and rows of a forward tile, block_kv, block_q of a backward tile
-    "D64": (dict(D=64, Sq=256), (192, 128, 128)),
-    "D64_short": (dict(D=64, Sq=40, Sk=70), (192, 128, 128)),
-    "D128_ragged": (dict(D=128, Sq=131, Sk=203), (128, 128, 64)),
+SHAPES = {  # and the tiles
+    "D64": (dict(D=64, Sq=256), dict(rows=192, block_kv=128, block_q=128)),
+    "D64_short": (dict(D=64, Sq=40, Sk=70), dict(rows=192, block_kv=128, block_q=128)),
+    "D128_ragged": (dict(D=128, Sq=131, Sk=203), dict(rows=128, block_kv=128, block_q=64)),
 }
 
 
 def prepared(name: str):
     shape, blocks = SHAPES[name]
     tensors = qkv(0, torch.float16, B=1, H=2, Hk=1, grad=False, **shape)
-    return tensors, Attention(*tensors, *blocks, right=0)
+    q, k, v = tensors
+    return tensors, Attention(q, k, v, **blocks, right=0)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -138,7 +147,8 @@ def test_forward(name, played):
     played(player.forward)
     launch = direct.Launch(program, CPU)
     out, lse = launch.run(Operands(q, k, v))
-    assert out.is_contiguous() and lse.is_contiguous()
+    assert out.is_contiguous()
+    assert lse.is_contiguous()
     expected = by_definition(q.double(), k.double(), v.double(), right=0)
     torch.testing.assert_close(out.double(), expected[0], atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(lse.double(), expected[1], atol=1e-5, rtol=1e-5)
@@ -146,7 +156,7 @@ def test_forward(name, played):
     sliced = torch.stack([k, v], dim=2)
     odd = torch.cat([q.new_zeros(1), q.flatten()])[1:].view(q.shape)
     again = launch.run(Operands(odd, sliced[:, :, 0], sliced[:, :, 1]))
-    assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+    assert all(map(torch.equal, again, (out, lse)))
     assert again[0].data_ptr() != out.data_ptr()
 
 
@@ -161,13 +171,314 @@ def test_backward(name, with_lse, played):
     expected = torch.autograd.grad([out, lse], [q, k, v], cotangents)
 
     rows = [d_out, d_lse, out.detach().half(), lse.detach().float()]
-    shapes = [*structs(out.shape), *structs(lse.shape, dtype=jnp.float32)] * 2
-    if d_lse is None:
-        shapes[1] = None
-    arguments = [*shapes, *structs(*(x.shape for x in tensors)), *[None] * 9]
+    given = [*structs(out.shape), *structs(lse.shape, dtype=jnp.float32)]
+    arguments = [given[0], given[1] if with_lse else None, *given, *structs(*(x.shape for x in tensors)), *[None] * 9]
     program = lower(kernels.backward, arguments, options=Options(right=0), bias_gradient=False)
     played(player.delta, player.backward, player.dq)
     found = direct.Launch(program, CPU).run((*rows, *tensors))
     for x, y in zip(found, expected, strict=True):
         assert x.is_contiguous()
         torch.testing.assert_close(x.double(), y, atol=2e-2, rtol=2e-2)
+
+
+# --- what is read of a program, and what is refused
+
+
+def kernel_text(function, arguments) -> list[str]:
+    """The kernels in what JAX lowers a function to, with their types, in order."""
+    with on_hopper():
+        text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return [line.rsplit(" : ", 1)[1] for line in text.splitlines() if "custom_call @mosaic_gpu_v2" in line]
+
+
+def types(text: str) -> list[tuple[int, ...]]:
+    """Shapes of the results in `(operands) -> results`."""
+    found = re.findall(r"tensor<([0-9x]+)x[a-z]+\d+>", text.split("->")[1])
+    return [tuple(map(int, shape.split("x"))) for shape in found]
+
+
+@pytest.mark.parametrize("options", [Options(), Options(left=40, right=0, softcap=5.0, deterministic=True)])
+def test_as_jax_lowers_it(options):
+    """The same kernels, in the order of JAX's text, with the outputs it gives them."""
+    q, k = structs((2, 331, 4, 128), (2, 500, 2, 128))
+    lse = jax.ShapeDtypeStruct((2, 4, 331), jnp.float32)
+    forward = functools.partial(kernels.forward, options=options)
+    backward = functools.partial(kernels.backward, options=options, bias_gradient=False)
+    for function, arguments in ((forward, [q, k, k]), (backward, [q, None, q, lse, q, k, k])):
+        arguments = [*arguments, *[None] * 9]
+        expected = kernel_text(function, arguments)
+        found = [step for step in lower(function, arguments).steps if isinstance(step.run, programs.Kernel)]
+        assert len(found) == len(expected) > 0
+        for step, text in zip(found, expected, strict=True):
+            assert len(step.operands) == text.split("->")[0].count("tensor<")
+            assert [shape for shape, _ in step.run.outputs] == types(text)
+        in_place = [step.run.in_place for step in found if step.run.in_place]
+        assert in_place == ([{2: 6}] if function is backward and not options.deterministic else [])
+
+
+def identity(x):
+    """A kernel that does nothing, in the sense of JAX's text."""
+    return _compat.kernel(
+        lambda *refs: None,
+        name="identity",
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch={},
+        grid=(1,),
+        grid_names=("cta",),
+        warpgroups=1,
+    )(x)
+
+
+REFUSED = {
+    "arithmetic": lambda x: [identity(x * 2)],
+    "an_argument": lambda x: [identity(x), x],
+    "a_constant": lambda x: [identity(x), jnp.zeros(3)],
+    "rounding": lambda x: [identity(x.astype(jnp.float16))],
+    "steps": lambda x: [identity(x)[::2]],
+    "float64": lambda x: [identity(x).astype(jnp.float64)],
+    "no_kernel_at_all": lambda x: [jnp.cumsum(x)],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(name):
+    with jax.enable_x64(name == "float64"), pytest.raises(programs.Unsupported):
+        programs.lower(REFUSED[name], structs((256,), dtype=jnp.float32))
+
+
+def test_moves(played):
+    """Padding at both ends, cutting, new axes, constants: as JAX does them."""
+
+    def around(kernel):
+        def function(x, y):
+            x = jnp.pad(x, ((1, 2), (0, 3)), constant_values=-7.0)
+            fill = jnp.broadcast_to(jnp.asarray([[1.5], [2.5]], jnp.float32), (2, 3))
+            return [kernel(x)[1:4, 2:5], kernel(y[None, :, 1:].reshape(2, 3)), kernel(jnp.pad(fill, ((0, 0), (1, 0))))]
+
+        return function
+
+    x, y = torch.randn(4, 5), torch.randn(2, 4)
+    program = programs.lower(around(identity), structs((4, 5), (2, 4), dtype=jnp.float32))
+    sizes = [7 * 8, 2 * 3, 2 * 4]
+    played(*(functools.partial(lambda n, i, o: memory(o, (n,), torch.float32).copy_(memory(i, (n,), torch.float32)), n)
+             for n in sizes))  # fmt: skip
+    found = direct.Launch(program, CPU).run([x, y])
+    expected = around(lambda x: x)(jnp.asarray(x.numpy()), jnp.asarray(y.numpy()))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, torch.tensor(np.asarray(theirs)))
+
+
+def test_kernels_in_place():
+    """Only on memory of the program's own that nothing else needs."""
+    made = programs.Kernel(b"", (), {})
+    adds = programs.Kernel(b"", (), {1: 0})
+    given, scratch, other, total = (programs._Value() for _ in range(4))
+
+    def check(operand, returned, after=()):
+        steps = [(made, [given], [scratch]), (adds, [operand], [other, total]), *after]
+        programs._check_memory(steps, returned)
+
+    check(scratch, [other, total])
+    for arguments in [(given, [total]), (torch.zeros(3), [total]), (scratch, [total, scratch])]:
+        with pytest.raises(programs.Unsupported, match="in place"):
+            check(*arguments)
+    with pytest.raises(programs.Unsupported, match="in place"):
+        check(scratch, [total], [(made, [scratch], [programs._Value()])])
+
+
+# --- choosing between the launch and the bridge
+
+
+class Bridge:
+    """Stands for the bridge of a GPU, on CPU tensors that pass for CUDA's."""
+
+    def __init__(self, monkeypatch):
+        self.calls = 0
+        monkeypatch.setattr(direct, "launches", {})
+        monkeypatch.setattr(bridge, "call", self)
+        monkeypatch.setattr(bridge, "common_device", lambda tensors: torch.device("cuda", 0))
+        monkeypatch.setattr(bridge, "is_capturing", lambda device: False)
+        monkeypatch.setattr(bridge, "jax_device", lambda device: jax.devices("cpu")[0])
+        monkeypatch.setattr(direct, "VERSIONS", (jax.__version_info__,))
+        monkeypatch.setattr(direct, "works", lambda device: True)
+        monkeypatch.setattr(direct._thread, "on", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(direct.Launch, "__call__", direct.Launch.run)
+        monkeypatch.setattr(direct.Launch, "__init__", functools.partialmethod(_on_cpu, direct.Launch.__init__))
+
+    def __call__(self, function, tensors, *, x64=False, **static):
+        self.calls += 1
+        return [torch.full((3,), 5.0), torch.full((3,), 6.0)]
+
+
+def _on_cpu(self, original, program, device):
+    original(self, program, CPU)
+
+
+def half(x):
+    return [identity(x), identity(x)]
+
+
+def attempt(x, function=half):
+    return direct.call("key", function, [x])
+
+
+@pytest.fixture
+def bridged(monkeypatch):
+    return Bridge(monkeypatch)
+
+
+def plays_copy(n):
+    return lambda i, o: memory(o, (n,), torch.float16).copy_(memory(i, (n,), torch.float16))
+
+
+def test_launches_once_prepared(bridged, played):
+    x = torch.randn(256).half()
+    played(plays_copy(256), plays_copy(256))
+    assert direct.again("key", [x]) is None
+    for _ in range(2):
+        found = attempt(x)
+        assert all(map(torch.equal, found, (x, x)))
+    again = direct.again("key", [x + 1])
+    assert again is not None
+    assert torch.equal(again[0], x + 1)
+    assert bridged.calls == 0
+
+
+def test_the_bridge_takes_the_rest(bridged, played, monkeypatch):
+    x = torch.randn(256).half()
+    played()
+    for function in (REFUSED["arithmetic"], REFUSED["no_kernel_at_all"]):
+        for _ in range(2):
+            assert attempt(x, function)[0][0] == 5
+        assert direct.launches.pop("key") is None
+    assert attempt(x.float())[0][0] == 5
+    monkeypatch.setattr(direct, "VERSIONS", ((0, 1, 2),))
+    direct.launches.clear()
+    assert attempt(x)[0][0] == 5
+    monkeypatch.setattr(bridge, "is_capturing", lambda device: True)
+    direct.launches.clear()
+    attempt(x)
+    assert not direct.launches, "what a capture cannot do is no verdict"
+    assert bridged.calls == 7
+
+
+@pytest.mark.parametrize("broken", ["_compile", "_lower"])
+def test_a_surprise_is_said_and_survived(broken, bridged, monkeypatch):
+    def fail(*_):
+        raise AttributeError("no such name")
+
+    monkeypatch.setattr(direct, broken, fail)
+    with pytest.warns(UserWarning, match="through XLA.*no such name"):
+        assert attempt(torch.zeros(256).half())[0][0] == 5
+    with warnings.catch_warnings(action="error"):
+        assert attempt(torch.zeros(256).half())[0][0] == 5  # said once
+
+
+@pytest.mark.parametrize("wrong", [None, "bit", "error"])
+def test_the_proof(wrong, monkeypatch):
+    """Launches are compared with the bridge, bit for bit."""
+    probes = [(half, [torch.arange(256.0).half()], {}), (half, [torch.ones(256).half()], {})]
+    monkeypatch.setattr(direct, "_probes", lambda device: probes)
+    monkeypatch.setattr(bridge, "jax_device", lambda device: jax.devices("cpu")[0])
+    monkeypatch.setattr(bridge, "call", lambda function, tensors: [tensors[0].clone() for _ in range(2)])
+
+    class Mocked:
+        def __init__(self, program, device):
+            assert isinstance(program, programs.Program)
+
+        def __call__(self, tensors):
+            found = [tensors[0].clone() for _ in range(2)]
+            if wrong == "bit" and tensors[0][0] == 1:
+                found[1].view(torch.int16)[255] += 1
+            if wrong == "error":
+                raise AttributeError("no such name")
+            return found
+
+    monkeypatch.setattr(direct, "Launch", Mocked)
+    if wrong:
+        said = {"bit": "not the bridge's", "error": "AttributeError: no such name"}[wrong]
+        with pytest.warns(UserWarning, match=said):
+            assert not direct.works.__wrapped__(CPU)
+    else:
+        assert direct.works.__wrapped__(CPU)
+
+
+def test_signatures():
+    """A launch serves no other shapes, dtypes, devices or options, and no absent operand."""
+    q, k, v = qkv(0, torch.float16, grad=False)
+    x, o = Operands(q, k, v), Options()
+    base = direct.signature("forward", x, o)
+    others = [
+        direct.signature("backward", x, o),
+        direct.signature("forward", x._replace(q=q[:, :-1]), o),
+        direct.signature("forward", x._replace(v=v.float()), o),
+        direct.signature("forward", x._replace(k=k.to("meta")), o),
+        direct.signature("forward", x._replace(sinks=torch.ones(1, 4)), o),
+        direct.signature("forward", x, o._replace(right=0)),
+        direct.signature("forward", x, o, True),
+    ]
+    assert direct.signature("forward", Operands(q + 1, k, v), Options()) == base
+    assert len({base, *others}) == 1 + len(others)
+
+
+# --- repeated calls, which skip checks, the dispatcher and most of autograd
+
+
+@pytest.fixture
+def launched(monkeypatch, played):
+    """q, k, v whose causal calls have been launched before, and a list that counts their launches."""
+    (q, k, v), player = prepared("D64_short")
+    program = lower(kernels.forward, [*structs(q.shape, k.shape, v.shape), *[None] * 9], options=Options(right=0))
+    count = []
+    played(lambda *addresses: (count.append(1), player.forward(*addresses)))
+    launch = direct.Launch(program, CPU)
+    monkeypatch.setattr(direct.Launch, "__call__", direct.Launch.run)
+    monkeypatch.setattr(direct, "launches", {})
+    direct.launches[direct.signature("forward", Operands(q, k, v), Options(right=0))] = launch
+    return (q, k, v), count
+
+
+def test_repeated_calls(launched):
+    tensors, count = launched
+    expected = by_definition(*(x.double() for x in tensors), right=0)
+    out, lse, _ = flash_attn_func(*tensors, causal=True, return_attn_probs=True)
+    torch.testing.assert_close(out.double(), expected[0], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(lse.double(), expected[1], atol=1e-5, rtol=1e-5)
+    assert len(count) == 1
+    flash_attn_func(*tensors, causal=True, deterministic=True)
+    flash_attn_func(*tensors)
+    assert len(count) == 1, "another call"
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False)])
+def test_repeated_calls_have_gradients(launched, wanted):
+    tensors, count = launched
+    ours = [x.clone().requires_grad_(w) for x, w in zip(tensors, wanted, strict=True)]
+    out, lse, _ = flash_attn_func(*ours, causal=True, return_attn_probs=True)
+    assert len(count) == 1
+    weights = cotangent(out, 3), cotangent(lse, 4)
+    leaves = [x for x in ours if x.requires_grad]
+    found = torch.autograd.grad([out, lse], leaves, weights)
+    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in ours]
+    outputs = by_definition(*wide, right=0)
+    expected = torch.autograd.grad(outputs, [x for x in wide if x.requires_grad], [w.double() for w in weights])
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, atol=2e-2, rtol=2e-2)
+
+
+def test_who_looks_sees_the_operator(launched):
+    tensors, count = launched
+    with Recorded() as seen:
+        flash_attn_func(*tensors, causal=True)
+    with torch.profiler.profile() as profile:
+        flash_attn_func(*tensors, causal=True)
+    assert (len(seen.calls), len(count)) == (1, 2)
+    assert "jflash::attention_forward" in {event.key for event in profile.key_averages()}
+    compiled = torch.compile(lambda q, k, v: flash_attn_func(q, k, v, causal=True), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), flash_attn_func(*tensors, causal=True))
+    mapped = torch.vmap(lambda q, k, v: flash_attn_func(q, k, v, causal=True))(*(x[None] for x in tensors))
+    torch.testing.assert_close(mapped[0], flash_attn_func(*tensors, causal=True), atol=1e-2, rtol=1e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flash_attn_func(*tensors, causal=True).dtype == torch.bfloat16
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        flash_attn_func(torch.autograd.forward_ad.make_dual(*tensors[:1] * 2), *tensors[1:], causal=True)
