@@ -41,7 +41,8 @@ class Step(NamedTuple):
 
 
 class Program(NamedTuple):
-    inputs: int
+    """What to run in turn, and the numbers of the results."""
+
     constants: list[Tensor]  # on the CPU
     steps: list[Step]
     returned: tuple[int, ...]
@@ -58,9 +59,8 @@ def lower(function: Callable, arguments: Sequence[jax.ShapeDtypeStruct | None]) 
     lowered = jax.jit(function, keep_unused=True).trace(*arguments).lower(lowering_platforms=("cuda",))
     module: Any = lowered.compiler_ir()
     functions = {op.name.value: op.regions[0].blocks[0] for op in module.body.operations}
-    reader = _Reader(functions, inputs=sum(x is not None for x in arguments))
-    returned = reader.read("main", [_Value() for _ in range(reader.inputs)])
-    return reader.program(returned)
+    reader, inputs = _Reader(functions), [_Value() for x in arguments if x is not None]
+    return reader.program(inputs, reader.read("main", inputs))
 
 
 class _Value:
@@ -70,15 +70,12 @@ class _Value:
 class _Reader:
     """Walks through functions, computing what is constant and noting the rest."""
 
-    def __init__(self, functions: dict, inputs: int):
+    def __init__(self, functions: dict):
         self.functions = functions
-        self.inputs = inputs
-        self.arguments: list[_Value] = []
         self.steps: list[tuple[Kernel | Callable, list, list[_Value]]] = []
 
-    def read(self, name: str, arguments: list) -> list:
+    def read(self, name: str, arguments: Sequence) -> list:
         """The values that a function returns: a tensor where constant, else a `_Value`."""
-        self.arguments = self.arguments or arguments
         block = self.functions[name]
         known: dict = dict(zip(block.arguments, arguments, strict=True))
         for op in block.operations:
@@ -110,14 +107,14 @@ class _Reader:
         self.steps.append((run, operands, results))
         return results
 
-    def program(self, returned: list) -> Program:
+    def program(self, inputs: list[_Value], returned: list) -> Program:
         _check_memory(self.steps, returned)
         uses = [x for _, operands, _ in self.steps for x in operands] + returned
         constants = list({id(x): x for x in uses if isinstance(x, Tensor)}.values())
         results = [x for _, _, found in self.steps for x in found]
-        numbers = {id(x): n for n, x in enumerate([*self.arguments, *constants, *results])}
+        numbers = {id(x): n for n, x in enumerate([*inputs, *constants, *results])}
         steps = [Step(run, tuple(numbers[id(x)] for x in operands)) for run, operands, _ in self.steps]
-        return Program(self.inputs, constants, steps, tuple(numbers[id(x)] for x in returned))
+        return Program(constants, steps, tuple(numbers[id(x)] for x in returned))
 
 
 def _check_memory(steps: list, returned: list) -> None:
