@@ -20,12 +20,17 @@ ACTIVATIONS = {
 
 
 def rms_norm(
-    x: jax.Array, weight: jax.Array | None = None, *, residual: jax.Array | None = None, eps: float = 1e-6
+    x: jax.Array,
+    weight: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    residual: jax.Array | None = None,
+    eps: float = 1e-6,
 ) -> Any:
-    """`out = h / sqrt(mean(h^2) + eps) * weight` over the last axis, with `h = x + residual`.
+    """`out = h / sqrt(mean(h^2) + eps) * weight + bias` over the last axis, with `h = x + residual`.
 
     Args:
-        x: [..., D]; weight: [D], default ones.
+        x: [..., D]; weight: [D], default ones; bias: [D], default zeros.
         residual: in x's shape, of any floating type.
 
     Returns:
@@ -37,9 +42,8 @@ def rms_norm(
     Source: Zhang and Sennrich, RMSNorm (arXiv 1910.07467).
     """
     h = _sum(x, residual)
-    _check_last("weight", weight, x)
     out = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True) + eps)
-    return _normed(x, residual, h, out, weight, None)
+    return _normed(x, residual, h, out, weight, bias)
 
 
 def layer_norm(
@@ -52,11 +56,9 @@ def layer_norm(
 ) -> Any:
     """`out = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias` over the last axis, with `h = x + residual`.
 
-    bias: [D], default zeros; the rest as for `rms_norm`. Source: Ba et al., Layer Normalization (arXiv 1607.06450).
+    Arguments as for `rms_norm`. Source: Ba et al., Layer Normalization (arXiv 1607.06450).
     """
     h = _sum(x, residual)
-    _check_last("weight", weight, x)
-    _check_last("bias", bias, x)
     centred = h - jnp.mean(h, axis=-1, keepdims=True)
     out = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
     return _normed(x, residual, h, out, weight, bias)
@@ -171,6 +173,8 @@ def _sum(x, residual) -> jax.Array:
 
 
 def _normed(x, residual, h, out, weight, bias):
+    _check_last("weight", weight, x)
+    _check_last("bias", bias, x)
     out = out if weight is None else out * weight
     out = (out if bias is None else out + bias).astype(x.dtype)
     return out if residual is None else (out, h.astype(residual.dtype))
