@@ -10,8 +10,7 @@ forward's. Nothing of the forward is stored.
 
 The gradient of a log decay sums w dw over the pairs that it lies between. Within a chunk that is a running sum
 of q . dq - k . dk: the pairs on one side of the token cancel to the last bit, as both passes round alike. Left
-over are the pairs through a state: those of the chunk's keys, and those that span the chunk, which are those
-that cross one of its edges, <S, dS> there, less those of its own tokens. Every second edge has its states stored.
+over are the pairs through a state: those of the chunk's keys, and total <S, dS'>, those that span the chunk.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _compat
-from pallas_kernels.hopper.linear_scan import CHUNK, WINDOW, Scan, ScanResults, linear_scan, sums
+from pallas_kernels.hopper.linear_scan import Scan, Terms, linear_scan
+from pallas_kernels.parts import decay
+from pallas_kernels.parts.decay import CHUNK
 from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem, LinearResults
-
-_NOTHING_SPANS = -10.0  # log2 of a chunk's decay: less is lost than in rounding <S, dS> to 16 bits
 
 
 def linear_forward(p: LinearProblem, a: LinearArrays, *, interpret: _compat.Interpret = None) -> LinearResults:
@@ -53,7 +52,7 @@ def linear_gradients(
         q=_shared(dq.out, a.q),
         k=_shared(dk.out, a.k),
         v=_shared(dv.out, a.v),
-        log_decay=_decay_gradient(p, a.log_decay, dq, dk) if p.decay_gradient else None,
+        log_decay=None if dq.terms is None or dk.terms is None else _decay_gradient(p, a.log_decay, dq.terms, dk.terms),
         kv=dv.final * p.scale if p.initial_state else None,
     )
 
@@ -74,35 +73,14 @@ def _shared(gradient: jax.Array, x: jax.Array) -> jax.Array:
     return gradient.reshape(B, S, heads, -1, D).sum(axis=3, dtype=jnp.float32).astype(x.dtype)
 
 
-def _decay_gradient(p: LinearProblem, log_decay, dq: ScanResults, dk: ScanResults) -> jax.Array:
+def _decay_gradient(p: LinearProblem, log_decay, of_q: Terms, of_k: Terms) -> jax.Array:
     """The gradient of log_decay, in its shape and dtype."""
-    assert dq.dots is not None
-    assert dk.dots is not None
     scan = _scan(p)
-    of_q, of_k = (dots[:, :, 0].sum(axis=-1) for dots in (dq.dots, dk.dots))  # through a state, [B, H, chunks]
-    chunk = jnp.arange(scan.chunks)
-    left, right = (of_q, of_k) if p.before else (of_k, of_q)
-    spanning = _crossing(p, dq, dk)[..., (chunk + 1) // WINDOW] - jnp.where(chunk % WINDOW == 0, left, right)
-    decays = sums(scan, log_decay).reshape(-1, p.H, scan.chunks, CHUNK)[..., -1 if p.before else 0]
-    spanning = jnp.where(decays > _NOTHING_SPANS, spanning, 0)
-    dg = lax.cumsum(dq.dots[:, :, 1] - dk.dots[:, :, 1], axis=3, reverse=p.before) + (of_k + spanning)[..., None]
+    total = decay.sums(log_decay, scan.S, scan.suffix).reshape(-1, p.H, scan.chunks, CHUNK)[..., 0 if p.after else -1]
+    states = of_q.states.astype(jnp.float32) * of_k.states.astype(jnp.float32)
+    spanning = p.scale * jnp.exp2(total) * states.sum(axis=(-2, -1))
+    within = lax.cumsum(of_q.dots - of_k.dots, axis=3, reverse=p.before)
+    dg = within + (of_k.through_state.sum(axis=-1) + spanning)[..., None]
     dg = jnp.moveaxis(dg.reshape(p.B, p.H, -1)[:, :, : p.Sq], 1, 2)
     axes = tuple(axis for axis, n in enumerate(log_decay.shape) if n != dg.shape[axis])
     return dg.sum(axis=axes, keepdims=True).astype(log_decay.dtype)
-
-
-def _crossing(p: LinearProblem, dq: ScanResults, dk: ScanResults) -> jax.Array:
-    """<S, dS> [B, H, windows + 1] on the edges of the windows, the first to the last in time."""
-    assert dq.anchors is not None
-    assert dk.anchors is not None
-
-    def inner(x, y):
-        return p.scale * (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=(-2, -1))
-
-    # Where a pass enters the windows, and where it ends.
-    s, s_end, ds, ds_end = dq.anchors, dq.final[:, :, None], dk.anchors, dk.final[:, :, None]
-    if p.before:
-        parts = inner(s[:, :, :1], ds_end), inner(s[:, :, 1:], ds[:, :, :-1]), inner(s_end, ds[:, :, -1:])
-    else:
-        parts = inner(s_end, ds[:, :, :1]), inner(s[:, :, :-1], ds[:, :, 1:]), inner(s[:, :, -1:], ds_end)
-    return jnp.concatenate(parts, axis=2)

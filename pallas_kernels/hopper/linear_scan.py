@@ -26,13 +26,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, linear_tiles, tiles
 from pallas_kernels.linear_tiles import LinearTile
-from pallas_kernels.parts import barriers, masking, softmax, tma
+from pallas_kernels.parts import barriers, decay, tma
+from pallas_kernels.parts.decay import CHUNK, Decays
 
 WGMMA = plgpu.Layout.WGMMA
-CHUNK = 64  # tokens
-WINDOW = 2  # chunks, so that each has an edge of a window
 BLOCK = (CHUNK, 64)
-_LEAST = -100.0  # log2 of a decay: sums over a chunk keep their digits, and what it leaves is nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Refs(NamedTuple):
     state_smem: Any  # rounded, 64 columns for each consumer
     full: Any
     empty: Any
-    sums_gmem: Any = None  # see `sums`
+    sums_gmem: Any = None  # see decay.sums
     sums_smem: Any = None
     partner_gmem: Any = None
     partner_smem: Any = None  # as v_smem
@@ -108,7 +106,15 @@ class Refs(NamedTuple):
     initial_gmem: Any = None
     final_gmem: Any = None
     dots_gmem: Any = None
-    anchors_gmem: Any = None
+    states_gmem: Any = None
+
+
+class Terms(NamedTuple):
+    """What the gradient of the decay needs of a pass."""
+
+    dots: jax.Array  # [B, H, chunks, CHUNK] float32: out . partner, before out is rounded
+    through_state: jax.Array  # the same of what q S adds to out
+    states: jax.Array  # [B, H, chunks, D, Dv] in the input dtype: the S that enters each chunk
 
 
 class ScanResults(NamedTuple):
@@ -116,14 +122,13 @@ class ScanResults(NamedTuple):
 
     out: jax.Array  # [B, S, H, Dv] in the input dtype
     final: jax.Array  # [B, H, D, Dv] float32: S after the last chunk
-    dots: jax.Array | None = None  # [B, H, 2, chunks, CHUNK] float32: out . partner through S, and all of it
-    anchors: jax.Array | None = None  # [B, H, windows, D, Dv]: S where the walk enters a window of WINDOW chunks
+    terms: Terms | None = None  # with a partner
 
 
 def linear_scan(
     scan: Scan, q, k, v, log_decay=None, initial=None, partner=None, *, interpret: _compat.Interpret = None
 ) -> ScanResults:
-    """One pass; with a partner, shaped as v, also what the gradient of the decay needs.
+    """One pass; with a partner, shaped as v, also the terms of the decay's gradient.
 
     q [B, S, Hq, D], k [B, S, Hk, D], v [B, S, Hv, Dv], whose heads divide H; log_decay [B|1, S|1, H] or None;
     initial: S before the first chunk, float32 [B, H, D, Dv], or None for zeros.
@@ -132,7 +137,7 @@ def linear_scan(
     q, k, v = (tma.fit(x, CHUNK) for x in (q, k, v))
     inputs = {"q_gmem": q, "k_gmem": k, "v_gmem": v}
     if log_decay is not None:
-        inputs["sums_gmem"] = sums(scan, log_decay)
+        inputs["sums_gmem"] = decay.sums(log_decay, scan.S, scan.suffix)
     if partner is not None:
         inputs["partner_gmem"] = tma.fit(partner, CHUNK)
     if initial is not None:
@@ -153,8 +158,10 @@ def linear_scan(
     out, final = found["out_gmem"][:, : scan.S, :, : scan.Dv], found["final_gmem"][:, :, : scan.D, : scan.Dv]
     if partner is None:
         return ScanResults(out, final)
-    dots = found["dots_gmem"].sum(axis=2).reshape(scan.B, scan.H, 2, scan.chunks, CHUNK)
-    return ScanResults(out, final, dots, found["anchors_gmem"][..., : scan.D, : scan.Dv])
+    through_state, dots = jnp.moveaxis(found["dots_gmem"].sum(axis=2), 2, 0)
+    shape = (scan.B, scan.H, scan.chunks, CHUNK)
+    states = found["states_gmem"][..., : scan.D, : scan.Dv]
+    return ScanResults(out, final, Terms(dots.reshape(shape), through_state.reshape(shape), states))
 
 
 def make_plan(scan: Scan, partnered: bool, interpret: _compat.Interpret = None) -> Plan:
@@ -173,19 +180,8 @@ def _outputs(plan: Plan, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStr
     }
     if plan.partnered:
         found["dots_gmem"] = array((scan.B, scan.H, state[1] // 64, 2, scan.chunks * CHUNK), jnp.float32)
-        found["anchors_gmem"] = array((scan.B, scan.H, -(-scan.chunks // WINDOW), *state), dtype)
+        found["states_gmem"] = array((scan.B, scan.H, scan.chunks, *state), dtype)
     return found
-
-
-def sums(scan: Scan, log_decay: jax.Array) -> jax.Array:
-    """log2 of the decays summed within each chunk, from its first token or, if `suffix`, from its last.
-
-    [B|1, S|1, H] -> float32 [B|1, H, S padded to whole chunks].
-    """
-    g = jnp.maximum(log_decay.astype(jnp.float32) * softmax.LOG2E, _LEAST)
-    g = jnp.broadcast_to(jnp.moveaxis(g, 1, 2), (g.shape[0], scan.H, scan.S))
-    g = jnp.pad(g, ((0, 0), (0, 0), (0, scan.chunks * CHUNK - scan.S)))
-    return lax.cumsum(g.reshape(*g.shape[:2], -1, CHUNK), axis=3, reverse=scan.suffix).reshape(g.shape)
 
 
 def _tile_types(plan: Plan) -> dict[str, tma.TileType]:
@@ -294,8 +290,10 @@ def _step(plan: Plan, refs: Refs, work: Work, wg, column, step, state):
     for n, block in enumerate(state):
         refs.state_smem.multiplied[wg, 0, pl.ds(n * 64, 64)] = block.astype(plan.scan.dtype)
     plgpu.commit_smem()
-    if refs.anchors_gmem is not None:
-        _store_anchor(plan, refs, work, wg, column, step, chunk)
+    if refs.states_gmem is not None:
+        rows = pl.ds(0, tiles.padded(plan.scan.D))
+        target = refs.states_gmem.at[work.b, work.h, chunk, rows, pl.ds(column, 64)]
+        plgpu.copy_smem_to_gmem(refs.state_smem.copied.at[wg, 0], target)
     plgpu.barrier_wait(refs.full.at[slot])
     decays = _decays(plan, refs, slot)
     weights, far = _read(plan, refs, wg, slot, decays)
@@ -321,44 +319,10 @@ def _dot(refs: Refs, mine, x) -> jax.Array:
     return (x * partner.astype(jnp.float32)).sum(axis=1)
 
 
-def _store_anchor(plan: Plan, refs: Refs, work: Work, wg, column, step, chunk) -> None:
-    first = (step == 0) | (lax.rem(chunk, WINDOW) == (WINDOW - 1 if plan.scan.later else 0))
-
-    @pl.when(first)
-    def _():
-        D = tiles.padded(plan.scan.D)
-        anchor = refs.anchors_gmem.at[work.b, work.h, lax.div(chunk, WINDOW), pl.ds(0, D), pl.ds(column, 64)]
-        plgpu.copy_smem_to_gmem(refs.state_smem.copied.at[wg, 0], anchor)
-
-
-class Decays(NamedTuple):
-    """The sums of one chunk, as rows, as columns, and the last."""
-
-    rows: jax.Array
-    columns: jax.Array
-    edge: jax.Array
-
-    def within(self, scan: Scan) -> jax.Array:
-        apart = _over_columns(self.rows) - lax.broadcast_in_dim(self.columns, BLOCK, [1])
-        return jnp.exp2(-apart if scan.adjoint else apart)
-
-    def enter(self, scan: Scan) -> jax.Array:
-        return _over_columns(jnp.exp2(self.edge - self.rows if scan.adjoint else self.rows))
-
-    def leave(self, scan: Scan) -> jax.Array:
-        return _over_columns(jnp.exp2(self.rows if scan.adjoint else self.edge - self.rows))
-
-
-def _over_columns(x: jax.Array) -> jax.Array:
-    return softmax.over_columns(x, BLOCK)
-
-
 def _decays(plan: Plan, refs: Refs, slot) -> Decays | None:
     if refs.sums_smem is None:
         return None
-    rows = _compat.load(refs.sums_smem.at[slot], softmax.ROWS)
-    columns = _compat.load(refs.sums_smem.at[slot], masking.COLUMNS)
-    return Decays(rows, columns, refs.sums_smem[slot, 0 if plan.scan.suffix else CHUNK - 1])
+    return decay.load(refs.sums_smem.at[slot], plan.scan.suffix, plan.scan.adjoint)
 
 
 def _read(plan: Plan, refs: Refs, wg, slot, decays: Decays | None) -> tuple[jax.Array, jax.Array]:
@@ -371,7 +335,7 @@ def _read(plan: Plan, refs: Refs, wg, slot, decays: Decays | None) -> tuple[jax.
             plgpu.wgmma(acc, q, k.transpose((1, 0)))
         weights = plgpu.wgmma_accumulator_load(acc, wait_n=0)
         if decays is not None:
-            weights = weights * decays.within(scan)
+            weights = weights * decays.within()
         i, j = (plgpu.broadcasted_iota(jnp.int32, BLOCK, axis, layout=WGMMA) for axis in range(2))
         return jnp.where(i <= j if scan.later else i >= j, weights, 0.0).astype(scan.dtype)
 
@@ -380,7 +344,7 @@ def _read(plan: Plan, refs: Refs, wg, slot, decays: Decays | None) -> tuple[jax.
             block = refs.state_smem.multiplied.at[wg, 0, pl.ds(64 * n, 64)]
             plgpu.wgmma(acc, refs.q_smem.columns(slot, 64 * n, 64), block)
         found = plgpu.wgmma_accumulator_load(acc, wait_n=0)
-        return found if decays is None else found * decays.enter(scan)
+        return found if decays is None else found * decays.enter()
 
     acc = plgpu.ACC(BLOCK, jnp.float32)
     return pl.run_scoped(near, acc), pl.run_scoped(far, acc)
@@ -397,14 +361,15 @@ def _write(plan: Plan, refs: Refs, mine, slot, decays: Decays | None, weights, f
 
     def behind(*accs):
         for n, (acc, block) in enumerate(zip(accs, state, strict=True)):
-            acc[...] = block if decays is None else block * jnp.exp2(decays.edge)
+            acc[...] = block if decays is None else block * decays.total()
             plgpu.wgmma(acc, refs.k_smem.columns(slot, 64 * n, 64).transpose((1, 0)), v)
         return tuple(plgpu.wgmma_accumulator_load(acc, wait_n=len(accs) - 1 - n) for n, acc in enumerate(accs))
 
     acc = plgpu.ACC(BLOCK, jnp.float32)
     out = pl.run_scoped(near, acc) * scan.scale
     if decays is not None:
-        left = _compat.load(v, WGMMA).astype(jnp.float32) * decays.leave(scan)
+        plgpu.commit_smem()  # until all four warps are through with v
+        left = _compat.load(v, WGMMA).astype(jnp.float32) * decays.leave()
         v[...] = left.astype(scan.dtype)
         plgpu.commit_smem()
     return out, pl.run_scoped(behind, *(acc for _ in state))

@@ -48,12 +48,12 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 OLD = jax.__version_info__ < (0, 11)
 CASES = {
     "plain": (dict(S=128, D=64), {}),
-    "head": (dict(S=80, D=128, decay="head"), {}),
-    "token": (dict(S=260, D=64, decay="token", state=True), {}),
+    "head": (dict(S=80, Hq=4, D=64, decay="head"), {}),
+    "token": (dict(S=200, D=128, decay="token", state=True), {}),
     "reverse": (dict(S=200, D=64, decay="token", strength=0.1, state=True), dict(reverse=True)),
     "weak": (dict(S=320, D=64, decay="token", strength=0.02), {}),
     "strong": (dict(S=130, D=64, decay="token", strength=30.0), {}),
-    "grouped": (dict(S=100, Hq=2, Hk=1, D=64, decay="head"), {}),
+    "grouped": (dict(S=100, Hq=4, Hk=2, D=64, decay="head"), {}),
     "shared_values": (dict(S=70, Hq=1, Hk=1, Hv=2, D=64, decay="token", state=True), {}),
     "head_dims": (dict(S=90, D=40, Dv=100, decay="head", state=True), dict(scale=-1.5)),
     "short": (dict(B=2, S=3, D=64, decay="token"), {}),
