@@ -86,7 +86,7 @@ def test_bits_of_the_bridge(name, monkeypatch):
     shape, options = CASES[name]
     tensors = qkv(1, grad=True, **shape)
     expected = bridged(monkeypatch, lambda: results(tensors, **options))
-    before = launched()
+    monkeypatch.setattr(direct, "launches", {})
     for _ in range(2):  # the second is a repeated call
         found = results(tensors, **options)
         for what, x, y in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
@@ -96,7 +96,7 @@ def test_bits_of_the_bridge(name, monkeypatch):
                 torch.testing.assert_close(x, y, atol=2e-2, rtol=2e-2)  # summed in no fixed order
             else:
                 assert torch.equal(x, y), f"{what}: max|difference| = {(x.float() - y.float()).abs().max()}"
-    assert launched() == before + 2, "the bridge took a call"
+    assert launched() == 2, "the bridge took a call"
 
 
 @pytest.mark.parametrize("name", ["D64_causal", "D128"])
@@ -179,13 +179,14 @@ def test_scratch_may_go_early():
     """So is the backward's scratch memory, as soon as it returns."""
     q, k, v = qkv(7, Sq=2048, grad=True)
     d_out = torch.randn_like(q)
-    expected = torch.autograd.grad(flash_attn_func(q, k, v, deterministic=True), (q, k, v), d_out)
+    expected = torch.autograd.grad(flash_attn_func(q, k, v), (q, k, v), d_out)
     for _ in range(10):
-        out = flash_attn_func(q, k, v, deterministic=True)
+        out = flash_attn_func(q, k, v)
         torch.cuda._sleep(SHORT // 4)
-        grads = torch.autograd.grad(out, (q, k, v), d_out)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), d_out)
         junk = [torch.full((2, 4, 2048, 64), torch.nan, device=CUDA) for _ in range(4)]
-        assert all(torch.equal(x, y) for x, y in zip(grads, expected, strict=True))
+        torch.testing.assert_close(dq, expected[0], atol=2e-2, rtol=2e-2)
+        assert all(map(torch.equal, (dk, dv), expected[1:]))
         del junk
 
 
