@@ -31,6 +31,7 @@ CASES = {
 }
 
 
+SLOW = {"window", "pages", "large_pages", "float16", "short_cache"}
 SHAPES = {
     "D128": {},
     "D64": dict(D=64, Sq=4, causal=True),
@@ -70,7 +71,7 @@ def decoding_on_the_cpu():
 
 
 @pytest.mark.skipif(OLD, reason="slow on this JAX")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in CASES])
 def test_matches_oracle(name):
     with decoding_on_the_cpu():
         assert_decodes(**CASES[name])
