@@ -18,6 +18,7 @@ class ForwardTile:
     producer_registers: int = 24
     persistent: bool = False  # one CTA an SM takes tile after tile
     out_in_q: bool = False  # the output leaves through the memory of Q, where shared memory is short
+    lazy: bool = False  # the output fades only when scores grow a lot: worth a branch where it is wide
     spill_bytes: int = 0  # what ptxas may spill; the compile test fails above it
 
     @property
@@ -49,8 +50,8 @@ FORWARD = {
         block_kv=128, warpgroups=3, stages=3, registers=160, producer_registers=32, persistent=True
     ),
     128: ForwardTile(block_kv=128, persistent=True),  # 630 / 606
-    192: ForwardTile(block_kv=64, persistent=True),
-    256: ForwardTile(block_kv=64, persistent=True, out_in_q=True, spill_bytes=72),
+    192: ForwardTile(block_kv=64, persistent=True, lazy=True),
+    256: ForwardTile(block_kv=64, persistent=True, out_in_q=True, lazy=True, spill_bytes=72),
 }
 
 

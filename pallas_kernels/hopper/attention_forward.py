@@ -342,7 +342,7 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
         state, weights, fade = _softmax(plan, rows, step, carry.state, s, ids)
         acc = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
         plgpu.barrier_arrive(refs.v_empty.at[v_slot])
-        return Carry(acc * softmax.over_columns(fade, acc.shape), weights, state)
+        return Carry(softmax.faded(acc, fade, t.lazy, plan.interpret), weights, state)
 
     return pl.run_scoped(overlapped, plgpu.ACC((64, t.block_kv), jnp.float32), plgpu.ACC(carry.acc.shape, jnp.float32))
 
@@ -367,7 +367,7 @@ def _softmax(plan: Plan, rows: Rows, step, state: Softmax, products, ids):
     p = plan.problem
     s, factor, _ = query_rows.scored(p, rows.queries, rows.block(step), products, ids, plan.interpret)
     guarded = not query_rows.sees_all(p, plan.tile.block_kv)
-    state, weights, fade = softmax.step(state, s, factor, guarded)
+    state, weights, fade = softmax.step(state, s, factor, guarded, plan.tile.lazy)
     return state, weights.astype(p.dtype), fade
 
 

@@ -112,8 +112,9 @@ def test_same_bits_under_x64():
     assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, narrow, wide)))
 
 
-def test_scale():
-    assert_matches_oracle(inputs(2, jnp.bfloat16, Sq=512, D=128), dict(scale=0.7), "hopper")
+@pytest.mark.parametrize("D", [128, 256])
+def test_scale(D):
+    assert_matches_oracle(inputs(2, jnp.bfloat16, Sq=512, D=D), dict(scale=0.7), "hopper")
 
 
 @pytest.mark.parametrize("shape", ["multi_query", "prime", "head_dims"])

@@ -28,6 +28,7 @@ CASES = {
     "small_head_dims": (dict(Sq=70, H=2, D=40, Dv=24), dict(causal=True)),
     "D256": (dict(Sq=192, H=2, Hk=1, D=256), {}),
     "D256_causal": (dict(Sq=256, H=1, D=256), dict(causal=True)),
+    "D256_growing_scores": (dict(Sq=64, Sk=256, H=1, D=256), dict(scale=0.5)),
     "D256_ragged": (dict(Sq=150, Sk=130, H=1, D=200), dict(window=(70, 30), softcap=5.0)),
     "D192_Dv128": (dict(Sq=128, H=1, D=192, Dv=128, sinks=True), dict(causal=True)),
     "sinks": (dict(Sq=192, H=2, Hk=1, D=128, sinks=True), dict(causal=True)),
