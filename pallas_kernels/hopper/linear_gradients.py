@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _compat
-from pallas_kernels.hopper.linear_scan import Scan, Terms, linear_scan
+from pallas_kernels.hopper.linear_scan import Scan, Terms
+from pallas_kernels.hopper.linear_split import linear_scan_split
 from pallas_kernels.parts import decay
 from pallas_kernels.parts.decay import CHUNK
 from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem, LinearResults
@@ -31,7 +32,7 @@ from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem,
 
 def linear_forward(p: LinearProblem, a: LinearArrays, *, interpret: _compat.Interpret = None) -> LinearResults:
     """out [B, S, H, Dv] in the input dtype and kv [B, H, D, Dv] in float32."""
-    found = linear_scan(_scan(p), a.q, a.k, a.v, a.log_decay, a.kv, interpret=interpret)
+    found = linear_scan_split(_scan(p), a.q, a.k, a.v, a.log_decay, a.kv, interpret=interpret)
     return LinearResults(found.out, kv=found.final)
 
 
@@ -42,7 +43,7 @@ def linear_gradients(
     swapped = dataclasses.replace(_scan(p), D=p.Dv, Dv=p.D)
     adjoint = functools.partial(dataclasses.replace, later=p.before, adjoint=True)
     partners = (a.q, a.k) if p.decay_gradient else (None, None)
-    scan = functools.partial(linear_scan, interpret=interpret)
+    scan = functools.partial(linear_scan_split, interpret=interpret)
     # What enters an adjoint pass leaves it times scale.
     d_end = None if d_kv is None else d_kv / p.scale
     dq = scan(swapped, d_out, a.v, a.k, a.log_decay, _transposed(a.kv), partners[0])

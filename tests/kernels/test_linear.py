@@ -14,7 +14,7 @@ import pytest
 
 from jflash import linear_attention
 from pallas_kernels import linear_tiles
-from pallas_kernels.hopper import linear, linear_gradients
+from pallas_kernels.hopper import linear, linear_gradients, linear_split
 from pallas_kernels.problem import LinearProblem
 from tests.kernels import interpreter
 from tests.kernels.calls import on_hopper
@@ -67,6 +67,23 @@ def test_matches_oracle(name):
     shape, options = CASES[name]
     with interpreted():
         assert_matches_oracle(inputs(0, jnp.bfloat16, **{"B": 1, "Hq": 1, **shape}), "hopper", **options)
+
+
+@pytest.mark.skipif(OLD, reason="slow on this JAX")
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        (dict(Hq=2, Hk=1, decay="token", state=True, strength=0.05), {}),
+        slow(dict(B=2, Hq=1, decay="token", strength=0.05), dict(reverse=True)),
+        slow(dict(Hq=4, decay="head"), {}),
+        slow({}, {}),
+    ],
+    ids=str,
+)
+def test_segments_of_time(shape, options):
+    arrays = inputs(2, jnp.bfloat16, **{"B": 1, "Hq": 1, "S": 256, "D": 64, **shape})
+    with mock.patch.object(linear_split, "_SHORTEST", 2), mock.patch.object(linear_split, "SMS", 4), interpreted():
+        assert_matches_oracle(arrays, "hopper", **options)
 
 
 @pytest.mark.skipif(OLD, reason="slow on this JAX")
