@@ -45,6 +45,11 @@ FORWARD = {
     64: L1ForwardTile(block_kv=64, halves=2),
     128: L1ForwardTile(block_kv=64, stages=1, spill_bytes=160),
 }
+PACKED_FORWARD = {
+    64: L1ForwardTile(block_kv=64, halves=2),
+    128: L1ForwardTile(block_kv=64),
+}
+
 
 BACKWARD = {
     64: L1BackwardTile(stages=2, spill_bytes=16),
@@ -53,8 +58,13 @@ BACKWARD = {
 FLOAT32_BACKWARD_128 = L1BackwardTile(warpgroups=1, spill_bytes=1400)  # more does not fit the shared memory
 
 
+def packed(p: L1Problem) -> bool:
+    """Whether the forward finds distances from maxima of 16-bit numbers, two at a time."""
+    return parts(p) == 1 and p.compute == "auto"
+
+
 def forward_tile(p: L1Problem) -> L1ForwardTile:
-    return FORWARD[max(padded(p.D), padded(p.Dv))]
+    return (PACKED_FORWARD if packed(p) else FORWARD)[max(padded(p.D), padded(p.Dv))]
 
 
 def backward_tile(p: L1Problem) -> L1BackwardTile:

@@ -25,7 +25,6 @@ from pallas_kernels.hopper.l1_backward_q import make_schedule
 from pallas_kernels.l1_tiles import L1BackwardTile
 from pallas_kernels.parts import (
     barriers,
-    float_rows,
     key_rows,
     l1_distances,
     l1_gradients,
@@ -35,9 +34,9 @@ from pallas_kernels.parts import (
     split,
     tma,
 )
-from pallas_kernels.parts.float_rows import RowsType
 from pallas_kernels.parts.key_rows import Block, KeyRows, Walk, over_rows
 from pallas_kernels.parts.schedule import Schedule, Work
+from pallas_kernels.parts.swizzled_rows import RowsType
 from pallas_kernels.problem import AttentionArrays, L1Problem
 
 WGMMA = plgpu.Layout.WGMMA
@@ -127,7 +126,7 @@ def l1_backward_k(
     """dK and dV in float32 [B, Sk, Hk, D] and [B, Sk, Hk, Dv]; lse2 and delta as `l1_backward_q` takes them."""
     t = tile or l1_tiles.backward_tile(p)
     plan = Plan(p, t, make_schedule(p, t.rows, p.Sk, p.Hk), interpret)
-    q, k = float_rows.fit(a.q, t.block), float_rows.fit(a.k, t.rows)
+    q, k = plan.q.fit(a.q, t.block), plan.k.fit(a.k, t.rows)
     d_out, v = (split.in_memory(x, plan.parts) for x in (d_out, a.v))
     d_out, v = tma.fit(d_out, t.block), tma.fit(v, t.rows)
     tail = ((0, 0), (0, 0), (0, -p.Sq % t.block))
@@ -233,13 +232,16 @@ def _consumer(plan: Plan, refs: Refs, work: Work, walk: Walk, wg) -> None:
     plgpu.commit_smem()
     row = work.block * t.rows + wg * 64
     plan.k.store(refs.k_smem, refs.dk_gmem, work.b, row, work.h, wg)
-    dv_smem = refs.ds_smem.at[wg, pl.ds(0, 64)]
-    for first in range(0, sums.dv.shape[1], 64):
-        dv_smem[...] = sums.dv[:, first : first + 64]
-        plgpu.commit_smem()
-        columns = pl.ds(row * 0 + first, 64)  # no constant: they may reach past the end
-        plgpu.copy_smem_to_gmem(dv_smem, refs.dv_gmem.at[work.b, pl.ds(row, 64), work.h, columns])
+    width = plan.k.chunks * plan.k.chunk
+    for first in range(0, sums.dv.shape[1], width):  # dV leaves through the memory of K
+        dv = sums.dv[:, first : first + width]
         plgpu.wait_smem_to_gmem(0)
+        plgpu.commit_smem()
+        plan.k.write(refs.k_smem, wg, dv, plan.interpret)
+        plgpu.commit_smem()
+        chunks = dv.shape[1] // plan.k.chunk
+        plan.k.store(refs.k_smem, refs.dv_gmem, work.b, row, work.h, wg, column=first, chunks=chunks)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _step(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, sums: Sums) -> Sums:

@@ -23,7 +23,6 @@ from pallas_kernels import _compat, l1_tiles, tiles
 from pallas_kernels.l1_tiles import L1BackwardTile
 from pallas_kernels.parts import (
     barriers,
-    float_rows,
     l1_distances,
     l1_gradients,
     l1_scores,
@@ -33,9 +32,9 @@ from pallas_kernels.parts import (
     split,
     tma,
 )
-from pallas_kernels.parts.float_rows import RowsType
 from pallas_kernels.parts.query_rows import QueryRows
 from pallas_kernels.parts.schedule import Schedule, Work
+from pallas_kernels.parts.swizzled_rows import RowsType
 from pallas_kernels.problem import AttentionArrays, L1Problem
 
 
@@ -119,7 +118,7 @@ def l1_backward_q(
     """
     t = tile or l1_tiles.backward_tile(p)
     plan = Plan(p, t, make_schedule(p, t.rows, p.Sq, p.H), interpret)
-    q, k = float_rows.fit(a.q, t.rows), float_rows.fit(a.k, t.block)
+    q, k = plan.q.fit(a.q, t.rows), plan.k.fit(a.k, t.block)
     d_out, v = (split.in_memory(x, plan.parts) for x in (d_out, a.v))
     tail = ((0, 0), (0, 0), (0, plan.schedule.blocks * t.rows - p.Sq))
     inputs = {

@@ -1,9 +1,12 @@
 """Forward of L1 attention: out = softmax(s(d)) v and lse, with d_ij = sum_w |q_iw - k_jw|.
 
-The distances take nearly all of the time, on the CUDA cores. Who does what: a CTA takes query rows of one head,
-64 or 128 for each consumer warpgroup. One warp of the last warpgroup, the producer, copies Q once and then K and V
-block by block into rings of `stages` slots. A consumer forms a block of distances, then its softmax, then the
-product with V on the tensor cores; meanwhile the other consumer has the CUDA cores to itself.
+The distances take nearly all of the time, on the CUDA cores: float32 ones two instructions for a feature of a pair
+(see `l1_distances`), 16-bit ones half of one and the tensor cores (see `l1_maxima`).
+
+Who does what. A CTA takes query rows of one head, 64 or 128 for each consumer warpgroup. One warp of the last
+warpgroup, the producer, copies Q once and then K and V block by block into rings of `stages` slots. A consumer forms
+a block of distances, then its softmax, then the product with V on the tensor cores; meanwhile the other consumer has
+the CUDA cores to itself.
 
 A float32 product is made of bfloat16 ones, see `split`. Each block's product is formed on its own and added in
 float32 here: the tensor cores' own sums are cut off, not rounded.
@@ -25,20 +28,22 @@ from pallas_kernels import _compat, l1_tiles, tiles
 from pallas_kernels.l1_tiles import L1ForwardTile
 from pallas_kernels.parts import (
     barriers,
-    float_rows,
     l1_distances,
+    l1_maxima,
     l1_scores,
+    masking,
     query_rows,
     schedule,
     softmax,
     split,
     tma,
 )
-from pallas_kernels.parts.float_rows import RowsType
+from pallas_kernels.parts.key_rows import over_rows
 from pallas_kernels.parts.query_rows import QueryRows
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Schedule, Work
 from pallas_kernels.parts.softmax import Softmax
+from pallas_kernels.parts.swizzled_rows import RowsType
 from pallas_kernels.problem import AttentionArrays, L1Problem
 
 WGMMA = plgpu.Layout.WGMMA
@@ -58,17 +63,29 @@ class Plan:
         return l1_tiles.parts(self.problem)
 
     @property
+    def packed(self) -> bool:
+        return l1_tiles.packed(self.problem)
+
+    @property
     def tiles(self) -> int:
         """Tiles of 64 query rows."""
         return self.tile.warpgroups * self.tile.halves
 
     @property
     def q(self) -> RowsType:
-        return RowsType(self.tiles, 64, self.problem.D)
+        return self._rows(self.tiles, 64)
 
     @property
     def k(self) -> RowsType:
-        return RowsType(self.tile.stages, self.tile.block_kv, self.problem.D)
+        return self._rows(self.tile.stages, self.tile.block_kv)
+
+    def _rows(self, count: int, rows: int) -> RowsType:
+        dtype = jnp.dtype(self.problem.dtype) if self.packed else jnp.dtype(jnp.float32)
+        return RowsType(count, rows, self.problem.D, dtype)
+
+    @property
+    def out(self) -> RowsType:
+        return RowsType(self.tiles, 64, tiles.padded(self.problem.Dv), jnp.dtype(self.problem.dtype))
 
     @property
     def v(self) -> tma.TileType:
@@ -97,6 +114,10 @@ class Refs(NamedTuple):
     k_empty: Any
     v_full: Any
     v_empty: Any
+    q_sums_gmem: Any = None  # of the features of each row, where packed
+    k_sums_gmem: Any = None
+    q_sums_smem: Any = None
+    k_sums_smem: Any = None
     sinks_gmem: Any = None
     slopes_gmem: Any = None
     q_ids_gmem: Any = None
@@ -115,11 +136,14 @@ def l1_forward(
     plan = make_plan(p, tile or l1_tiles.forward_tile(p), interpret)
     t = plan.tile
     inputs = {
-        "q_gmem": float_rows.fit(a.q, t.rows),
-        "k_gmem": float_rows.fit(a.k, t.block_kv),
+        "q_gmem": plan.q.fit(a.q, t.rows),
+        "k_gmem": plan.k.fit(a.k, t.block_kv),
         "v_gmem": tma.fit(split.in_memory(a.v, plan.parts), t.block_kv),
         **query_rows.inputs(p, a, t.rows, t.block_kv),
     }
+    if plan.packed:
+        inputs["q_sums_gmem"] = _sums(a.q, plan.schedule.blocks * t.rows)
+        inputs["k_sums_gmem"] = _sums(a.k, -(-p.Sk // t.block_kv) * t.block_kv)
     if a.sinks is not None:
         inputs["sinks_gmem"] = a.sinks.astype(jnp.float32) * softmax.LOG2E
     columns = tma.fitted(p.Dv)
@@ -140,6 +164,12 @@ def l1_forward(
     return out[:, : p.Sq, :, : p.Dv], lse[:, :, : p.Sq]
 
 
+def _sums(x: jax.Array, length: int) -> jax.Array:
+    """The sum of the features of each row of x [B, S, H, D], float32 [B, H, length]."""
+    total = jnp.swapaxes(x.astype(jnp.float32).sum(axis=-1), 1, 2)
+    return jnp.pad(total, ((0, 0), (0, 0), (0, length - x.shape[1])))
+
+
 def make_plan(p: L1Problem, tile: L1ForwardTile, interpret: _compat.Interpret = None) -> Plan:
     order = Schedule(
         batch=p.B,
@@ -154,15 +184,20 @@ def make_plan(p: L1Problem, tile: L1ForwardTile, interpret: _compat.Interpret = 
 def _scratch(plan: Plan) -> dict[str, Any]:
     p, t = plan.problem, plan.tile
     with_q, with_k = query_rows.copies(p)
+    sums = {}
+    if plan.packed:
+        sums["q_sums_smem"] = plgpu.SMEM((plan.tiles, 64), jnp.float32)
+        sums["k_sums_smem"] = plgpu.SMEM((t.stages, t.block_kv), jnp.float32)
     return {
+        **sums,
         "q_smem": plan.q.scratch,
         "k_smem": plan.k.scratch,
         "v_smem": plan.v.scratch,
-        "out_smem": plgpu.SMEM((plan.tiles, 64, tiles.padded(p.Dv)), jnp.dtype(p.dtype)),
+        "out_smem": plan.out.scratch,
         "lse_smem": plgpu.SMEM((plan.tiles, 64), jnp.float32),
         **query_rows.scratch(p, plan.tiles, t.stages, t.block_kv),
-        "q_full": plgpu.Barrier(num_arrivals=plan.tiles * (plan.q.chunks + with_q)),
-        "k_full": plgpu.Barrier(num_arrivals=plan.k.chunks + with_k, num_barriers=t.stages),
+        "q_full": plgpu.Barrier(num_arrivals=plan.tiles * (plan.q.chunks + with_q + plan.packed)),
+        "k_full": plgpu.Barrier(num_arrivals=plan.k.chunks + with_k + plan.packed, num_barriers=t.stages),
         "k_empty": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
         "v_full": plgpu.Barrier(num_arrivals=plan.parts * plan.v.chunks, num_barriers=t.stages),
         "v_empty": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
@@ -198,12 +233,18 @@ def _load(plan: Plan, refs: Refs, work: Work) -> None:
         row = work.block * t.rows + n * 64
         plan.q.load(refs.q_smem, refs.q_gmem, work.b, row, work.h, n, refs.q_full)
         query_rows.load(refs, work.b, row, n, refs.q_full)
+        if plan.packed:
+            sums = refs.q_sums_gmem.at[work.b, work.h, pl.ds(row, 64)]
+            plgpu.copy_gmem_to_smem(sums, refs.q_sums_smem.at[n], refs.q_full)
 
     def load_block(step, _):
         slot, row = lax.rem(step, t.stages), (keys.hi - 1 - step) * t.block_kv
         pl.when(step >= t.stages)(lambda: plgpu.barrier_wait(refs.k_empty.at[slot]))
         plan.k.load(refs.k_smem, refs.k_gmem, work.b, row, kv_head, slot, refs.k_full.at[slot])
         query_rows.load_keys(refs, work.b, row, slot, refs.k_full.at[slot])
+        if plan.packed:
+            sums = refs.k_sums_gmem.at[work.b, kv_head, pl.ds(row, t.block_kv)]
+            plgpu.copy_gmem_to_smem(sums, refs.k_sums_smem.at[slot], refs.k_full.at[slot])
         pl.when(step >= t.stages)(lambda: plgpu.barrier_wait(refs.v_empty.at[slot]))
         for n in range(plan.parts):
             of_part = n * p.B + work.b
@@ -244,7 +285,7 @@ def _step(plan: Plan, refs: Refs, first, rows: list[QueryRows], step, carry: lis
     """Takes a block of keys into the running softmax and sum of each 64 rows."""
     slot = lax.rem(step, plan.tile.stages)
     plgpu.barrier_wait(refs.k_full.at[slot])
-    negative = l1_distances.negative_distances(refs.q_smem, first, plan.tile.halves, refs.k_smem, slot, plan.interpret)
+    negative = _negative_distances(plan, refs, first, slot)
     ids = query_rows.key_ids(refs, slot)
     barriers.fence(plan.interpret)
     plgpu.barrier_arrive(refs.k_empty.at[slot])
@@ -254,6 +295,21 @@ def _step(plan: Plan, refs: Refs, first, rows: list[QueryRows], step, carry: lis
     carry = [take(*each) for each in zip(rows, negative, carry, strict=True)]
     plgpu.barrier_arrive(refs.v_empty.at[slot])
     return carry
+
+
+def _negative_distances(plan: Plan, refs: Refs, first, slot) -> list[jax.Array]:
+    """-d of the rows of tiles first, first + 1, ... of a consumer and a block of keys, each [64, block_kv]."""
+    count = plan.tile.halves
+    operands = (refs.q_smem, first, count, refs.k_smem, slot, plan.interpret)
+    if not plan.packed:
+        return l1_distances.negative_distances(*operands)
+    maxima = l1_maxima.sums_of_maxima(*operands)
+    k_sums = _compat.load(refs.k_sums_smem.at[slot], masking.COLUMNS)
+    found = []
+    for n, m in enumerate(maxima):
+        q_sums = _compat.load(refs.q_sums_smem.at[first + n], softmax.ROWS)
+        found.append(softmax.over_columns(q_sums, m.shape) + over_rows(k_sums, m.shape) - 2.0 * m)
+    return found
 
 
 def _take(plan: Plan, refs: Refs, slot, block, ids, rows: QueryRows, negative, carry: Carry) -> Carry:
@@ -283,11 +339,9 @@ def _epilogue(plan: Plan, refs: Refs, n, work: Work, carry: Carry) -> None:
     """Divides and writes out the rows of tile n."""
     inverse, lse = softmax.finish(carry.state)
     out = carry.acc * softmax.over_columns(inverse, carry.acc.shape)
-    refs.out_smem[n] = out.astype(plan.problem.dtype)
+    plan.out.write(refs.out_smem, n, out.astype(plan.problem.dtype), plan.interpret)
     refs.lse_smem[n] = lse
     plgpu.commit_smem()
     row = work.block * plan.tile.rows + n * 64
-    columns = pl.ds(row * 0, refs.out_smem.shape[2])  # no constant: they may reach past the end
-    target = refs.out_gmem.at[work.b, pl.ds(row, 64), work.h, columns]
-    plgpu.copy_smem_to_gmem(refs.out_smem.at[n], target)
+    plan.out.store(refs.out_smem, refs.out_gmem, work.b, row, work.h, n)
     plgpu.copy_smem_to_gmem(refs.lse_smem.at[n], refs.lse_gmem.at[work.b, work.h, pl.ds(row, 64)])

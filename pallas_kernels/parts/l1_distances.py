@@ -19,19 +19,19 @@ from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import math as math_dialect
 
 from pallas_kernels._compat import Interpret
-from pallas_kernels.parts import float_rows, wgmma_layout
-from pallas_kernels.parts.float_rows import FOURS, TRANSFORMS, over
+from pallas_kernels.parts import swizzled_rows, wgmma_layout
+from pallas_kernels.parts.swizzled_rows import TRANSFORMS, UNITS, over
 from pallas_kernels.parts.wgmma_layout import integer
 
 
 def negative_distances(x_ref, first, count: int, y_ref, n, interpret: Interpret) -> list[jax.Array]:
     """-sum_w |x_iw - y_jw| for the rows i of tiles first, first + 1, ... of x, and j of tile n of y.
 
-    x has tiles of 64 rows, see `float_rows`. Returns `count` arrays float32 [64, rows of y].
+    x has tiles of 64 rows, float32, see `swizzled_rows`. Returns `count` arrays float32 [64, rows of y].
     """
     columns = y_ref.shape[2]
     if interpret is not None:
-        x, y = float_rows.values(x_ref, first, count), float_rows.values(y_ref, n, 1)
+        x, y = swizzled_rows.values(x_ref, first, count), swizzled_rows.values(y_ref, n, 1)
         d = -jnp.abs(x[:, None] - y[None]).sum(axis=-1)
         return [d[64 * m : 64 * (m + 1)] for m in range(count)]
     tile = plgpu.ShapeDtypeStruct((64, columns), jnp.float32, plgpu.Layout.WGMMA)
@@ -42,21 +42,21 @@ def negative_distances(x_ref, first, count: int, y_ref, n, interpret: Interpret)
 
 def _distances(columns: int, _, y_ref, *x_refs):
     """A loop over reads of four features; the sums of a thread go round with it."""
-    warp, lane = float_rows.thread()
+    warp, lane = swizzled_rows.thread()
     row = arith.addi(arith.muli(warp, integer(16)), over(lane, 4))
     column = arith.muli(arith.remui(lane, integer(4)), integer(2))
     zero = [wgmma_layout.real(0.0)] * (columns // 2)
-    fours = ir.MemRefType(y_ref.type).shape[0] * FOURS
+    units = ir.MemRefType(y_ref.type).shape[0] * UNITS
 
-    @utils.fori(integer(fours), [list(zero) for _ in x_refs])
+    @utils.fori(integer(units), [list(zero) for _ in x_refs])
     def done(n, sums):
-        place = over(n, FOURS), arith.remui(n, integer(FOURS))
+        place = over(n, UNITS), arith.remui(n, integer(UNITS))
         starts = [_pointer(x, row, place) for x in x_refs]
-        near = [[float_rows.read(float_rows.below(start, 8 * r)) for r in range(2)] for start in starts]
+        near = [[swizzled_rows.read(swizzled_rows.below(start, 8 * r)) for r in range(2)] for start in starts]
         ends = [_pointer(y_ref, arith.addi(column, integer(e)), place) for e in range(2)]
         for j in range(columns // 8):
             for e in range(2):
-                far = float_rows.read(float_rows.below(ends[e], 8 * j))
+                far = swizzled_rows.read(swizzled_rows.below(ends[e], 8 * j))
                 for total, x in zip(sums, near, strict=True):
                     for r in range(2):
                         at = 4 * j + 2 * r + e
@@ -70,8 +70,8 @@ def _distances(columns: int, _, y_ref, *x_refs):
 
 
 def _pointer(ref, row, place):
-    chunk, four = place
-    return float_rows.pointer(ref, chunk, row, four)
+    chunk, unit = place
+    return swizzled_rows.pointer(ref, chunk, row, unit)
 
 
 def _size(x: list[ir.Value], y: list[ir.Value]) -> ir.Value:

@@ -21,18 +21,19 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxlib.mlir.dialects import math as math_dialect
 
 from pallas_kernels._compat import Interpret
-from pallas_kernels.parts import float_rows, wgmma_layout
-from pallas_kernels.parts.float_rows import FOUR, TRANSFORMS, over
+from pallas_kernels.parts import swizzled_rows, wgmma_layout
+from pallas_kernels.parts.swizzled_rows import TRANSFORMS, over
 from pallas_kernels.parts.wgmma_layout import integer, real
 
 WGMMA = plgpu.Layout.WGMMA
+FOUR = 4  # features of one access
 _ROWS = 4  # of a thread
 _STRIDE = 68  # float32s from a column of ds to the next: no two threads of a warp meet in a bank
 _UNROLLED = 768  # instructions of a pass of the loop, about
 
 
 def memory_shape(columns: int) -> tuple[int, int]:
-    """Of the float32 memory through which ds [64, columns] changes hands; the kernel may keep 64 x 64 there after."""
+    """Of the float32 memory through which ds [64, columns] changes hands."""
     return columns * _STRIDE // 64, 64
 
 
@@ -45,10 +46,10 @@ def start(x_ref) -> jax.Array:
 def add(sums: jax.Array, ds: jax.Array, memory, x_ref, m, y_ref, n, interpret: Interpret) -> jax.Array:
     """Adds ds [64, rows of y] times half of sign + 1, over the rows of tile n of y, for tile m of x.
 
-    Both are tiles of `float_rows`, x of 64 rows.
+    Both are tiles of `swizzled_rows`, x of 64 rows.
     """
     if interpret is not None:
-        x, y = float_rows.values(x_ref, m, 1), float_rows.values(y_ref, n, 1)
+        x, y = swizzled_rows.values(x_ref, m, 1), swizzled_rows.values(y_ref, n, 1)
         half = 0.5 * (1 + jnp.sign(x[:, None] - y[None]))
         return sums + (ds[:, :, None] * half).sum(axis=1)
     rows = plgpu.RefType(TRANSFORMS)
@@ -76,8 +77,8 @@ def _add(_, sums, ds, memory, x_ref, y_ref):
     columns, chunks = ds.shape[1], ir.MemRefType(x_ref.type).shape[0]
     _write(ds, memory)
     row, four = _place()
-    x = [[float_rows.read(_pointer(x_ref, c, row, i, four)) for i in range(_ROWS)] for c in range(chunks)]
-    ds_start = float_rows.moved(utils.memref_ptr(memory), arith.muli(row, integer(4)))
+    x = [[swizzled_rows.read(_pointer(x_ref, c, row, i, four)) for i in range(_ROWS)] for c in range(chunks)]
+    ds_start = swizzled_rows.moved(utils.memref_ptr(memory), arith.muli(row, integer(4)))
     at_once = max(1, _UNROLLED // (3 * FOUR * _ROWS * chunks))
 
     @utils.fori(integer(columns // at_once), _scalars(sums))
@@ -85,9 +86,9 @@ def _add(_, sums, ds, memory, x_ref, y_ref):
         totals = list(totals)
         for s in range(at_once):
             j = arith.addi(arith.muli(step, integer(at_once)), integer(s))
-            weights = float_rows.read(float_rows.moved(ds_start, arith.muli(j, integer(4 * _STRIDE))))
+            weights = swizzled_rows.read(swizzled_rows.moved(ds_start, arith.muli(j, integer(4 * _STRIDE))))
             for c in range(chunks):
-                y = float_rows.read(float_rows.pointer(y_ref, integer(c), j, four))
+                y = swizzled_rows.read(swizzled_rows.pointer(y_ref, integer(c), j, four))
                 for i in range(_ROWS):
                     for e in range(FOUR):
                         at = FOUR * (_ROWS * c + i) + e
@@ -100,23 +101,23 @@ def _add(_, sums, ds, memory, x_ref, y_ref):
 
 def _write(ds, memory) -> None:
     """Registers of wgmma's layout -> memory, a column of ds behind the other, by a warp for itself."""
-    warp, lane = float_rows.thread()
+    warp, lane = swizzled_rows.thread()
     row = arith.addi(arith.muli(warp, integer(16)), over(lane, 4))
     column = arith.muli(arith.remui(lane, integer(4)), integer(2))
     offset = arith.addi(arith.muli(column, integer(_STRIDE)), row)
-    base = float_rows.moved(utils.memref_ptr(memory), arith.muli(offset, integer(4)))
+    base = swizzled_rows.moved(utils.memref_ptr(memory), arith.muli(offset, integer(4)))
     utils.warp_barrier()
     for n, register in enumerate(ds.registers.flat):
         j, r = divmod(n, 2)
         for e in range(2):
             further = (8 * j + e) * _STRIDE + 8 * r
-            llvm.store(wgmma_layout.scalar(register, e), float_rows.moved(base, 4 * further))
+            llvm.store(wgmma_layout.scalar(register, e), swizzled_rows.moved(base, 4 * further))
     utils.warp_barrier()
 
 
 def _finish(factor: float, sums, memory, x_ref) -> None:
     row, four = _place()
-    less = float_rows.read(float_rows.moved(utils.memref_ptr(memory), arith.muli(row, integer(4))))
+    less = swizzled_rows.read(swizzled_rows.moved(utils.memref_ptr(memory), arith.muli(row, integer(4))))
     flat = _scalars(sums)
     quad = ir.VectorType.get((FOUR,), ir.F32Type.get())
     for c in range(ir.MemRefType(x_ref.type).shape[0]):
@@ -129,13 +130,13 @@ def _finish(factor: float, sums, memory, x_ref) -> None:
 
 def _place():
     """The first of a thread's rows, and which four features of a chunk it has."""
-    warp, lane = float_rows.thread()
+    warp, lane = swizzled_rows.thread()
     row = arith.addi(arith.muli(warp, integer(16)), arith.muli(over(lane, 8), integer(_ROWS)))
     return row, arith.remui(lane, integer(8))
 
 
 def _pointer(ref, chunk: int, row, i: int, four):
-    return float_rows.pointer(ref, integer(chunk), arith.addi(row, integer(i)), four)
+    return swizzled_rows.pointer(ref, integer(chunk), arith.addi(row, integer(i)), four)
 
 
 def _half_of_sign_and_one(t: ir.Value) -> ir.Value:

@@ -1,12 +1,15 @@
-"""Shared-memory tiles of float32 rows for the CUDA cores, filled by TMA.
+"""Shared-memory tiles of rows for the CUDA cores, filled by TMA.
 
-A tile is cut into chunks of 32 columns, 128 bytes, under TMA's 128-byte swizzle: then threads that read the same
-column of neighbouring rows, four features at a time, do not meet in a bank. TMA may start at any row.
+A tile is cut into chunks of 128 bytes of columns, under TMA's 128-byte swizzle: then threads that read the same
+columns of neighbouring rows, 16 bytes at a time, do not meet in a bank. TMA may start at any row.
 """
 
 from __future__ import annotations
 
+# inline_mgpu supplies the first argument of what it decorates.
+# pyright: reportCallIssue=false
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,14 +20,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
 
+from pallas_kernels._compat import Interpret
 from pallas_kernels.parts import wgmma_layout
 from pallas_kernels.parts.wgmma_layout import integer
 
-CHUNK = 32
-FOUR = 4  # features of one access
-FOURS = CHUNK // FOUR
-_ROW = 4 * CHUNK  # bytes
 TRANSFORMS = (plgpu.SwizzleTransform(128),)
+UNIT = 16  # bytes of one access
+UNITS = 8  # of a row of a chunk
+_ROW = UNIT * UNITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +37,20 @@ class RowsType:
     count: int
     rows: int
     columns: int
+    dtype: Any = jnp.float32
+
+    @property
+    def chunk(self) -> int:
+        """Columns of a chunk."""
+        return _ROW // jnp.dtype(self.dtype).itemsize
 
     @property
     def chunks(self) -> int:
-        return -(-self.columns // CHUNK)
+        return -(-self.columns // self.chunk)
 
     @property
     def scratch(self):
-        return plgpu.SMEM((self.count, self.chunks, self.rows, CHUNK), jnp.float32, transforms=TRANSFORMS)
+        return plgpu.SMEM((self.count, self.chunks, self.rows, self.chunk), self.dtype, transforms=TRANSFORMS)
 
     def load(self, ref, source, index, row, head, n, barrier) -> None:
         """Starts filling tile n with rows from `row` of source[index, :, head]; arrives `chunks` times.
@@ -49,27 +58,49 @@ class RowsType:
         What lies outside of the source becomes 0.
         """
         for c in range(self.chunks):
-            columns = pl.ds(row * 0 + c * CHUNK, CHUNK)  # no constant: it may reach past the end
+            columns = pl.ds(row * 0 + c * self.chunk, self.chunk)  # no constant: it may reach past the end
             plgpu.copy_gmem_to_smem(source.at[index, pl.ds(row, self.rows), head, columns], ref.at[n, c], barrier)
 
-    def store(self, ref, target, index, row, head, n) -> None:
-        """Starts writing tile n to rows from `row` of target[index, :, head]; what lies outside is clipped."""
-        for c in range(self.chunks):
-            columns = pl.ds(row * 0 + c * CHUNK, CHUNK)
+    def store(self, ref, target, index, row, head, n, column: int = 0, chunks: int | None = None) -> None:
+        """Starts writing chunks of tile n to target[index, :, head], from a row and column on; clipped outside."""
+        for c in range(self.chunks if chunks is None else chunks):
+            columns = pl.ds(row * 0 + column + c * self.chunk, self.chunk)
             plgpu.copy_smem_to_gmem(ref.at[n, c], target.at[index, pl.ds(row, self.rows), head, columns])
 
+    def write(self, ref, n, value: jax.Array, interpret: Interpret) -> None:
+        """Registers of wgmma's layout [64, columns] -> the first chunks of tile n."""
+        if interpret is not None:
+            chunks = value.shape[1] // self.chunk
+            ref[n, pl.ds(0, chunks)] = jnp.swapaxes(value.reshape(64, chunks, self.chunk), 0, 1)
+            return
+        call = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(TRANSFORMS)))
+        call(functools.partial(_write, jnp.dtype(self.dtype).itemsize))(value, ref.at[n])
 
-def fit(x: jax.Array, rows: int) -> jax.Array:
-    """x [B, S, H, D] in float32, padded to what TMA takes: at least a box, columns in 16 bytes."""
-    columns = max(CHUNK, 4 * -(-x.shape[3] // 4))
-    pad = ((0, 0), (0, max(0, rows - x.shape[1])), (0, 0), (0, columns - x.shape[3]))
-    return jnp.pad(x.astype(jnp.float32), pad)
+    def fit(self, x: jax.Array, rows: int) -> jax.Array:
+        """x [B, S, H, D] in this dtype, padded to what TMA takes: at least a box of rows, columns in 16 bytes."""
+        whole = UNIT // jnp.dtype(self.dtype).itemsize
+        columns = max(self.chunk, whole * -(-x.shape[3] // whole))
+        pad = ((0, 0), (0, max(0, rows - x.shape[1])), (0, 0), (0, columns - x.shape[3]))
+        return jnp.pad(x.astype(self.dtype), pad)
 
 
 def values(ref: Any, n, count: int) -> jax.Array:
-    """Tiles n to n + count as [count rows, columns], for the interpreter."""
-    x = ref[pl.ds(n, count)]
+    """Tiles n to n + count as float32 [count rows, columns], for the interpreter."""
+    x = ref[pl.ds(n, count)].astype(jnp.float32)
     return jnp.swapaxes(x, 1, 2).reshape(count * x.shape[2], -1)
+
+
+def _write(size: int, _, value, ref) -> None:
+    """Pairs of columns of `size` bytes each."""
+    warp, lane = thread()
+    row = arith.addi(arith.muli(warp, integer(16)), over(lane, 4))
+    inside = arith.muli(arith.remui(lane, integer(4)), integer(2 * size))
+    for n, register in enumerate(value.registers.flat):
+        j, r = divmod(n, 2)
+        chunk, rest = divmod(8 * j * size, _ROW)
+        unit = arith.addi(integer(rest // UNIT), over(inside, UNIT))
+        start = below(pointer(ref, integer(chunk), row, unit), 8 * r)
+        llvm.store(register, moved(start, arith.remui(inside, integer(UNIT))), alignment=2 * size)
 
 
 def thread() -> tuple[ir.Value, ir.Value]:
@@ -78,10 +109,10 @@ def thread() -> tuple[ir.Value, ir.Value]:
     return over(arith.remui(index, integer(128)), 32), arith.remui(index, integer(32))
 
 
-def pointer(ref, chunk, row, four) -> ir.Value:
-    """Where four features of a row of a tile lie, in shared memory."""
+def pointer(ref, chunk, row, unit) -> ir.Value:
+    """Where a unit of a row of a chunk of a tile lies, in shared memory."""
     before = arith.addi(arith.muli(chunk, integer(ir.MemRefType(ref.type).shape[1])), row)
-    swizzled = arith.muli(arith.xori(four, arith.remui(row, integer(8))), integer(4 * FOUR))
+    swizzled = arith.muli(arith.xori(unit, arith.remui(row, integer(8))), integer(UNIT))
     return moved(utils.memref_ptr(ref), arith.addi(arith.muli(before, integer(_ROW)), swizzled))
 
 
@@ -90,11 +121,11 @@ def below(start: ir.Value, rows: int) -> ir.Value:
     return moved(start, rows * _ROW)
 
 
-def read(start: ir.Value) -> list[ir.Value]:
-    """Four float32 in one access."""
-    quad = ir.VectorType.get((FOUR,), ir.F32Type.get())
-    found = llvm.load(quad, start, alignment=4 * FOUR)
-    return [wgmma_layout.scalar(found, n) for n in range(FOUR)]
+def read(start: ir.Value, element: ir.Type | None = None) -> list[ir.Value]:
+    """A unit, as four float32 or what else has 32 bits."""
+    quad = ir.VectorType.get((4,), element or ir.F32Type.get())
+    found = llvm.load(quad, start, alignment=UNIT)
+    return [wgmma_layout.scalar(found, n) for n in range(4)]
 
 
 def moved(start: ir.Value, offset) -> ir.Value:

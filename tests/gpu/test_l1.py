@@ -44,6 +44,10 @@ def test_matches_oracle(name, dtype):
     _assert_matches_oracle(inputs(0, jnp.dtype(dtype), **shape), options)
 
 
+def test_bfloat16_subtracted_in_float32():
+    _assert_matches_oracle(inputs(1, jnp.bfloat16, Sq=300, D=64), dict(compute="f32"))
+
+
 def test_float16():
     _assert_matches_oracle(inputs(1, jnp.float16, Sq=200, D=128), dict(causal=True))
 
@@ -70,6 +74,17 @@ def test_same_bits_every_run(dtype):
     first = run(arrays)
     for _ in range(50):
         assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, first, run(arrays))))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_packed_scores_are_as_good_as_subtracted_ones(dtype):
+    """One key: its lse is its score."""
+    arrays = inputs(4, jnp.dtype(dtype), B=256, Sq=256, Sk=1, D=128)
+    packed, subtracted = (
+        l1_attention(**arrays, return_lse=True, compute=compute, implementation="hopper")[1]
+        for compute in ("auto", "f32")
+    )
+    assert jnp.abs(packed / subtracted - 1).max() < 1e-5
 
 
 def test_long_sums_stay_exact():

@@ -28,6 +28,7 @@ CASES = {
     "D128": (dict(Sq=100, H=1, D=128), {}),
     "segments": (dict(Sq=130, H=1, D=33, Dv=72), dict(segment_ids=jnp.repeat(jnp.arange(5), 26)[None])),
     "bfloat16": (dict(dtype=jnp.bfloat16, Sq=130, Sk=100, H=2, Hk=1, D=64), dict(causal=True)),
+    "compute_f32": (dict(dtype=jnp.bfloat16, Sq=70, H=1, D=64), dict(compute="f32")),
     "float16": (dict(dtype=jnp.float16, Sq=70, H=1, D=128, Dv=64), {}),
 }
 QUICK = {"causal"} if OLD else {"full", "causal", "grouped", "bfloat16"}
@@ -68,6 +69,7 @@ COMPILED = {
     "D64": (dict(D=64), {}),
     "D64_causal": (dict(D=64, Hk=2), dict(causal=True)),
     "D64_bfloat16": (dict(D=64, dtype=jnp.bfloat16), {}),
+    "D64_float16_f32": (dict(D=64, S=333, dtype=jnp.float16), dict(compute="f32")),
     "D128": (dict(D=128), {}),
     "D128_ragged": (dict(D=128, S=1001), dict(causal=True)),
     "D40_reciprocal": (dict(D=40, S=333), dict(kind="reciprocal")),
@@ -115,9 +117,11 @@ def test_ptxas_has_no_complaint(name):
     with for_hopper():
         _, kernels = compile_for_h100(forward_and_backward(options), *shapes(**shape))
     D = 64 if shape["D"] <= 64 else 128
+    packed = "dtype" in shape and "compute" not in options
+    forward = l1_tiles.PACKED_FORWARD[D] if packed else l1_tiles.FORWARD[D]
     backward = l1_tiles.FLOAT32_BACKWARD_128 if D == 128 and "dtype" not in shape else l1_tiles.BACKWARD[D]
     limits = {
-        "l1_forward": l1_tiles.FORWARD[D].spill_bytes,
+        "l1_forward": forward.spill_bytes,
         "l1_backward_q": backward.spill_bytes,
         "l1_backward_k": backward.spill_bytes,
     }
