@@ -94,6 +94,6 @@ def test_long_sums_stay_exact():
     arrays = inputs(3, Sq=64, Sk=16384, H=1, D=64)
     ours = np.asarray(l1_attention(**arrays, implementation="hopper"))
     with jax.enable_x64(True), on_the_cpu():
-        wide = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
+        wide: dict = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
         exact = np.asarray(l1_attention(**wide, implementation="xla"))
     assert np.abs(ours - exact).max() <= 1e-5 * np.abs(exact).max()
