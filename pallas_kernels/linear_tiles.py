@@ -20,7 +20,7 @@ class LinearTile:
 SCAN = {
     64: LinearTile(warpgroups=1, stages=3, registers=128, ctas=2, spill_bytes=16),
     128: LinearTile(warpgroups=2, stages=3, registers=240),
-    192: LinearTile(warpgroups=1, stages=3, registers=248),
+    192: LinearTile(warpgroups=1, stages=3, registers=248, spill_bytes=16),
     256: LinearTile(warpgroups=1, stages=2, registers=248, spill_bytes=200),
 }
 
@@ -28,4 +28,4 @@ SCAN = {
 def scan_tile(head_dim: int, value_dim: int) -> LinearTile:
     """Of head dims that are multiples of 64."""
     tile = SCAN[head_dim]
-    return dataclasses.replace(tile, warpgroups=min(tile.warpgroups, value_dim // 64))
+    return tile if value_dim % (64 * tile.warpgroups) == 0 else dataclasses.replace(tile, warpgroups=1)

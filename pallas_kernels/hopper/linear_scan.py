@@ -296,9 +296,9 @@ def _step(plan: Plan, refs: Refs, work: Work, wg, column, step, state):
         plgpu.copy_smem_to_gmem(refs.state_smem.copied.at[wg, 0], target)
     plgpu.barrier_wait(refs.full.at[slot])
     decays = _decays(plan, refs, slot)
-    weights, far = _read(plan, refs, wg, slot, decays)
+    weights, far = _query_products(plan, refs, wg, slot, decays)
     through_state = _dot(refs, mine, far) * plan.scan.scale if plan.partnered else None
-    out, state = _write(plan, refs, mine, slot, decays, weights, far, state)
+    out, state = _value_products(plan, refs, mine, slot, decays, weights, far, state)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     if through_state is not None:
         refs.dots_smem[wg, 0] = through_state
@@ -325,7 +325,7 @@ def _decays(plan: Plan, refs: Refs, slot) -> Decays | None:
     return decay.load(refs.sums_smem.at[slot], plan.scan.suffix, plan.scan.adjoint)
 
 
-def _read(plan: Plan, refs: Refs, wg, slot, decays: Decays | None) -> tuple[jax.Array, jax.Array]:
+def _query_products(plan: Plan, refs: Refs, wg, slot, decays: Decays | None) -> tuple[jax.Array, jax.Array]:
     """The weights of the chunk, rounded, and enter q S."""
     scan = plan.scan
 
@@ -350,7 +350,7 @@ def _read(plan: Plan, refs: Refs, wg, slot, decays: Decays | None) -> tuple[jax.
     return pl.run_scoped(near, acc), pl.run_scoped(far, acc)
 
 
-def _write(plan: Plan, refs: Refs, mine, slot, decays: Decays | None, weights, far, state):
+def _value_products(plan: Plan, refs: Refs, mine, slot, decays: Decays | None, weights, far, state):
     """out of the chunk, and the state behind it."""
     scan, v = plan.scan, refs.v_smem.multiplied.at[mine, 0]
 

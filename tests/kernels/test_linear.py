@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 from unittest import mock
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 
 from jflash import linear_attention
 from pallas_kernels import linear_tiles
-from pallas_kernels.hopper import linear, linear_gradients, linear_split
+from pallas_kernels.hopper import linear, linear_gradients, linear_scan, linear_split
 from pallas_kernels.problem import LinearProblem
 from tests.kernels import interpreter
 from tests.kernels.calls import on_hopper
@@ -96,6 +97,12 @@ def test_a_decay_of_nothing_forgets():
         out = linear_attention(**forgetful, implementation="hopper")[:, 70:]
         alone = linear_attention(**later, implementation="hopper")
     assert jnp.abs(out - alone).max() <= 0.02 * jnp.abs(alone).max()
+
+
+def test_every_column_of_v_has_a_consumer():
+    for D, Dv in itertools.product((64, 128, 192, 256), repeat=2):
+        plan = linear_scan.make_plan(linear_scan.Scan(B=1, H=1, S=64, D=D, Dv=Dv, dtype="bfloat16", scale=1.0), False)
+        assert plan.slices * plan.tile.warpgroups * 64 == Dv
 
 
 @pytest.mark.parametrize(
