@@ -25,7 +25,7 @@ CASES = {
     "shared_values": (dict(B=1, S=333, Hq=1, Hk=1, Hv=4, D=64, decay="token", state=True), {}),
     "head_dims": (dict(B=2, S=90, Hq=6, D=40, Dv=100, decay="head", state=True), dict(scale=-1.5)),
     "wide_values": (dict(B=1, S=200, Hq=2, D=64, Dv=256, decay="token"), {}),
-    "narrow_values": (dict(B=1, S=200, Hq=2, D=128, Dv=192, decay="token", state=True), {}),
+    "uneven_values": (dict(B=1, S=200, Hq=2, D=128, Dv=192, decay="token", state=True), {}),
     "short": (dict(B=2, S=3, Hq=2, D=64, decay="token"), {}),
     "many": (dict(B=8, S=130, Hq=40, D=64, decay="token"), {}),
 }
