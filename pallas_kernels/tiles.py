@@ -59,7 +59,7 @@ BACKWARD = {
     64: BackwardTile(block_q=128, split_rows=True, spill_bytes=104),  # 526 / 460
     128: BackwardTile(block_q=64, spill_bytes=40),  # 578 / 555
     192: BackwardTile(block_q=64, block_kv=64, ds_stages=1, roles=True),
-    256: BackwardTile(block_q=64, block_kv=64, ds_stages=1, roles=True, spill_bytes=32),
+    256: BackwardTile(block_q=64, block_kv=64, ds_stages=1, roles=True, spill_bytes=40),
 }
 
 
@@ -69,9 +69,7 @@ def padded(head_dim: int) -> int:
 
 
 def forward_tile(p: AttentionProblem) -> ForwardTile:
-    tile = FORWARD[max(padded(p.D), padded(p.Dv))]
-    # Persistent CTAs share out the work on the host, where ranges of keys are not known yet.
-    return dataclasses.replace(tile, persistent=tile.persistent and not p.key_ranges)
+    return FORWARD[max(padded(p.D), padded(p.Dv))]
 
 
 def backward_tile(p: AttentionProblem) -> BackwardTile:

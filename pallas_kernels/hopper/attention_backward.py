@@ -128,6 +128,7 @@ class Refs(NamedTuple):
     limits_smem: Any = None
     visits_gmem: Any = None  # see ranges.table
     visitors_gmem: Any = None  # see ranges.visitors
+    order_gmem: Any = None  # see ranges.longest_first
 
 
 def attention_backward(
@@ -142,9 +143,11 @@ def attention_backward(
     plan = make_plan(p, interpret)
     q, d_out = (tma.fit(x, plan.tile.block_q) for x in (a.q, d_out))
     k, v = (tma.fit(x, plan.tile.block_kv) for x in (a.k, a.v))
+    features = key_rows.inputs(p, a, plan.block)
     inputs = {
         **{"q_gmem": q, "k_gmem": k, "v_gmem": v, "do_gmem": d_out, "lse_gmem": lse2, "delta_gmem": delta},
-        **key_rows.inputs(p, a, plan.block),
+        **features,
+        **key_rows.order(features),
         **({} if dq is None else {"dq_gmem": dq}),
     }
     kernel = _compat.kernel(
@@ -165,11 +168,14 @@ def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
     tile = tiles.backward_tile(p)
     # Ascending blocks: the first keys have the longest walk.
     bytes_per_head = p.Sq * (2 * (p.D + p.Dv) + 4 * p.D) * p.group
+    sectioned = p.right is not None or p.key_ranges
     order = Schedule(
         batch=p.B,
         heads=p.Hk,
         blocks=-(-p.Sk // tile.block_kv),
-        section=schedule.section(p.B * p.Hk, 1, bytes_per_head, budget=40 * 2**20) if p.right is not None else 1,
+        section=schedule.section(p.B * p.Hk, 1, bytes_per_head, budget=40 * 2**20)
+        if p.right is not None or p.key_ranges
+        else 1,
     )
     return Plan(p, tile, order, tma.is_ragged(p), interpret)
 
@@ -211,7 +217,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
 def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     tiles_smem = {name: x.view(scratch[name]) for name, x in tile_types(plan).items()}
     refs = Refs(**dict(zip(names, gmem, strict=True)), **{**scratch, **tiles_smem})
-    work = plan.schedule.work(lax.axis_index("cta"))
+    work = schedule.placed(plan.schedule.work(lax.axis_index("cta")), refs.order_gmem)
     walk = key_rows.walk(plan.problem, refs, work, plan.block)
     wg = lax.axis_index("wg")
     consume = functools.partial(_consumer, plan, refs, work, walk, wg)

@@ -100,6 +100,7 @@ class Refs(NamedTuple):
     limits_gmem: Any = None  # [B|1, 2, rows]: the first and the last key of each row
     limits_smem: Any = None
     visits_gmem: Any = None  # see ranges.table
+    order_gmem: Any = None  # see ranges.longest_first
 
 
 def attention_forward(
@@ -133,6 +134,8 @@ def attention_forward(
 def _features(plan: Plan, a: AttentionArrays) -> dict[str, jax.Array]:
     """What the call has beyond q, k and v, as the kernel wants it."""
     found = query_rows.inputs(plan.problem, a, plan.tile.rows, plan.tile.block_kv)
+    if a.key_ranges is not None:
+        found["order_gmem"] = ranges.longest_first(found["visits_gmem"][..., 0], found["visits_gmem"][..., 3])
     if a.sinks is not None:
         found["sinks_gmem"] = a.sinks.astype(jnp.float32) * softmax.LOG2E
     return found
@@ -146,7 +149,7 @@ def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
         batch=p.B,
         heads=p.H,
         blocks=blocks,
-        section=schedule.section(p.B * p.H, p.group, bytes_per_group) if p.right is not None else 1,
+        section=schedule.section(p.B * p.H, p.group, bytes_per_group) if p.right is not None or p.key_ranges else 1,
         descending=p.right is not None,
         persistent=tile.persistent,
     )
@@ -213,6 +216,7 @@ def _producer(plan: Plan, refs: Refs, cta) -> None:
 def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
     """Copies the operands of a tile; `done` counts the key blocks of earlier tiles, which fix ring slots."""
     t = plan.tile
+    work = schedule.placed(work, refs.order_gmem)
     keys = _keys(plan, refs, work)
     kv_head = lax.div(work.h, jnp.int32(plan.problem.group))
 
@@ -259,6 +263,7 @@ def _consumer(plan: Plan, refs: Refs, cta, wg) -> None:
 
 def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
     """Attention of this consumer's 64 rows; returns the key blocks done so far."""
+    work = schedule.placed(work, refs.order_gmem)
     keys = _keys(plan, refs, work)
     plgpu.barrier_wait(refs.q_full)
     first = work.block * plan.tile.rows + wg * 64

@@ -11,7 +11,6 @@ from pallas_kernels.hopper import TARGET
 from pallas_kernels.problem import AttentionProblem, CacheArrays
 
 BLOCK_KEYS = 64  # that are copied at once
-PROVEN = False
 
 
 def why_not(p: AttentionProblem, direction: str) -> str | None:
@@ -19,7 +18,6 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
     fits = p.page is None or p.page % BLOCK_KEYS == 0 or (p.page % 8 == 0 and BLOCK_KEYS % p.page == 0)
     reasons = (
         (p.target != TARGET, f"target={p.target} must be {TARGET}, an NVIDIA Hopper GPU"),
-        (not PROVEN, "in the kernels, but not yet proven on a GPU"),
         (p.dtype not in ("bfloat16", "float16"), f"dtype={p.dtype} must be bfloat16 or float16"),
         (p.D != p.Dv or p.D not in (64, 128), f"head_dim={p.D} and value head_dim={p.Dv} must both be 64 or 128"),
         (not fits, f"page={p.page} must be 8, 16, 32 or a multiple of {BLOCK_KEYS}"),

@@ -37,6 +37,12 @@ def inputs(p: AttentionProblem, a: AttentionArrays, block: Block) -> dict[str, j
     return found
 
 
+def order(features: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The order of a call's key blocks where it is known at run time only, see `schedule.placed`."""
+    visitors = features.get("visitors_gmem")
+    return {} if visitors is None else {"order_gmem": ranges.longest_first(visitors[..., 0], visitors[..., 1])}
+
+
 def scratch(p: AttentionProblem, stages: int, block: Block) -> dict[str, Any]:
     found = {}
     if p.segments:

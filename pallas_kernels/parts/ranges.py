@@ -84,6 +84,11 @@ def visitors(visits: jax.Array, blocks: int) -> jax.Array:
     return jnp.stack([lo, hi], axis=2).astype(jnp.int32)
 
 
+def longest_first(lo: jax.Array, hi: jax.Array) -> jax.Array:
+    """The blocks [B|1, blocks] in the order of how much each visits, int32."""
+    return jnp.argsort(lo - hi, axis=1).astype(jnp.int32)
+
+
 def in_blocks(x: jax.Array, rows: int) -> jax.Array:
     """x [B, S] as [B, blocks, rows]; the last value fills up the last block."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % rows)), mode="edge")

@@ -73,6 +73,14 @@ class Schedule:
         return np.array([tiles + [-1] * (rounds - len(tiles)) for tiles in taken], np.int32)
 
 
+def placed(work: Work, order_gmem) -> Work:
+    """The tile where blocks go by an order known at run time, int32 [B|1, blocks], or as it is."""
+    if order_gmem is None:
+        return work
+    b = 0 if order_gmem.shape[0] == 1 else work.b
+    return work._replace(block=order_gmem[b, work.block])
+
+
 def for_each_tile(plan: Schedule, table_gmem, cta, take: Callable) -> None:
     """Runs done = take(work, done) over the tiles of a CTA, with 0 for the first."""
     if not plan.persistent:

@@ -1,7 +1,6 @@
 """The decode kernel against the oracle, on the device. Whatever no query sees is NaN."""
 
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 
 from jflash import flash_attention_with_kvcache
-from pallas_kernels.hopper import cache
 from tests.oracle import inputs
 from tests.varlen.caches import assert_decodes
 
@@ -33,12 +31,6 @@ CASES = {
     "pages_of_64": dict(lengths=RAGGED, H=8, Hk=2, D=128, page=64),
     "pages_of_256": dict(lengths=RAGGED, Sq=2, H=8, Hk=2, D=64, page=256, causal=True),
 }
-
-
-@pytest.fixture(autouse=True)
-def _proven():
-    with mock.patch.object(cache, "PROVEN", True):
-        yield
 
 
 @pytest.mark.parametrize("name", CASES)

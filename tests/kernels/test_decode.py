@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jflash import flash_attention_with_kvcache
-from pallas_kernels.hopper import cache, decode
+from pallas_kernels.hopper import decode
 from tests.kernels import interpreter
 from tests.kernels.calls import on_hopper
 from tests.kernels.test_attention import OLD
@@ -54,17 +54,13 @@ def call_on_shapes(*, B=16, Sq=1, H=32, Hk=8, D=128, Sc=4096, page=None, dtype=j
     return run, (array((B, Sq, H, D), dtype), cached, cached, array((B,), jnp.int32), table)
 
 
-def proven():
-    return mock.patch.object(cache, "PROVEN", True)
-
-
 @contextlib.contextmanager
 def decoding_on_the_cpu():
     """Calls go through the kernel in the interpreter; fails on a race, also where JAX only records it."""
     call = functools.partial(decode.decode, interpret=interpreter.params())
     interpreter.reset()
     jax.clear_caches()
-    with mock.patch.object(decode, "decode", call), proven(), on_hopper():
+    with mock.patch.object(decode, "decode", call), on_hopper():
         yield
     jax.clear_caches()
     assert not interpreter.found_races(), "the race detector found a race"
@@ -80,7 +76,7 @@ def test_matches_oracle(name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_lowers(name):
     run, shapes = call_on_shapes(**SHAPES[name])
-    with on_hopper(), proven():
+    with on_hopper():
         text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
 
@@ -100,8 +96,8 @@ def test_splits_fill_the_gpu(tiles, blocks, expected):
 def test_reasons():
     call = functools.partial(flash_attention_with_kvcache, cache_seqlens=3, implementation="hopper")
     q, cached = jnp.zeros((1, 1, 2, 64), jnp.bfloat16), jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
-    with on_hopper(), pytest.raises(NotImplementedError, match="not yet proven on a GPU"):
-        call(q, cached, cached)
+    with on_hopper(), pytest.raises(NotImplementedError, match="alibi_slopes on a cache are not in the kernels"):
+        call(q, cached, cached, alibi_slopes=jnp.ones(2))
     pages = jnp.zeros((3, 12, 2, 64), jnp.bfloat16)
-    with on_hopper(), proven(), pytest.raises(NotImplementedError, match="page=12 must be"):
+    with on_hopper(), pytest.raises(NotImplementedError, match="page=12 must be"):
         call(q, pages, pages, block_table=jnp.zeros((1, 2), jnp.int32))

@@ -1,10 +1,13 @@
 """Packed sequences in the Hopper kernels, in the interpreter: each query row has its own range of keys."""
 
+from unittest import mock
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jflash import flash_attention_varlen
+from pallas_kernels.parts import schedule
 from tests.kernels.interpreted import hopper_on_the_cpu
 from tests.kernels.test_attention import OLD
 from tests.varlen.rule import assert_follows, by_sequence, cu_seqlens, packed
@@ -20,6 +23,15 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_matches_oracle(name):
+    _assert_matches_oracle(name)
+
+
+def test_a_cta_takes_several_tiles():
+    with mock.patch.object(schedule, "SMS", 2):
+        _assert_matches_oracle("causal")
+
+
+def _assert_matches_oracle(name):
     q_lengths, k_lengths, shape, options = CASES[name]
     cu_q, cu_k = cu_seqlens(*q_lengths), cu_seqlens(*k_lengths)
     behind = 58 if name == "unused_rows" else 0
