@@ -87,7 +87,7 @@ class QueryRows(NamedTuple):
 
 
 def read(refs, work: Work, wg, first, keys: Range) -> QueryRows:
-    """What has arrived for the rows of consumer wg, in registers."""
+    """What has arrived for the rows of consumer wg, in registers; a fence, for TMA brings those of its next tile."""
     slope = ids = limits = None
     if refs.slopes_gmem is not None:
         slope = refs.slopes_gmem[tma.batch_entry(refs.slopes_gmem, work.b), work.h]
@@ -95,6 +95,8 @@ def read(refs, work: Work, wg, first, keys: Range) -> QueryRows:
         ids = _compat.load(refs.q_ids_smem.at[wg], softmax.ROWS)
     if refs.limits_smem is not None:
         limits = [_compat.load(refs.limits_smem.at[wg, n], softmax.ROWS) for n in range(2)]
+    if ids is not None or limits is not None:
+        plgpu.commit_smem()
     return QueryRows(first, keys, slope, ids, limits)
 
 
