@@ -154,7 +154,7 @@ def _ids(cu_seqlens, length: int, outside: int):
     if isinstance(cu_seqlens, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((1, length), jnp.int32)
     t = jnp.arange(length)
-    ids = jnp.searchsorted(cu_seqlens, t, side="right") - 1
+    ids = jnp.searchsorted(cu_seqlens, t, side="right", method="scan_unrolled") - 1
     return jnp.where(t < cu_seqlens[-1], ids, outside)[None]
 
 

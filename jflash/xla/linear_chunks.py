@@ -59,14 +59,14 @@ def pack(p: LinearProblem, cut: Cut, cu_seqlens: jax.Array | None) -> Packing | 
     behind = jnp.cumsum(chunks)  # chunks up to the end of each sequence
     ahead = behind - chunks
     c = jnp.arange(cut.n, dtype=jnp.int32)
-    sequence = jnp.searchsorted(behind, c, side="right").astype(jnp.int32)
+    sequence = jnp.searchsorted(behind, c, side="right", method="scan_unrolled").astype(jnp.int32)
     start, end = _lookup(starts, sequence), _lookup(ends, sequence)
     first, last = c == _lookup(ahead, sequence), c == _lookup(behind, sequence) - 1
     token = start + (c - _lookup(ahead, sequence)) * cut.size
     token = token[:, None] + jnp.arange(cut.size, dtype=jnp.int32)
     token = jnp.where(token < end[:, None], token, p.Sq)
     t = jnp.arange(p.Sq, dtype=jnp.int32)
-    of = jnp.searchsorted(ends, t, side="right")
+    of = jnp.searchsorted(ends, t, side="right", method="scan_unrolled")
     place = _lookup(ahead, of, cut.n) * cut.size + t - _lookup(starts, of)
     nothing = sequence == p.sequences
     return Packing(token.ravel(), place, sequence, first | nothing, last | nothing)
