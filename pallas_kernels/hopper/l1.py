@@ -7,8 +7,6 @@ import jax
 from pallas_kernels.hopper import TARGET
 from pallas_kernels.problem import AttentionArrays, AttentionGradients, L1Problem
 
-UNPROVEN: str | None = "in the kernels, but not yet proven on a GPU"  # None once tests/gpu/test_l1.py has passed
-
 
 def why_not(p: L1Problem, direction: str) -> str | None:
     """Why these kernels cannot take a problem in a direction, or None if they can."""
@@ -23,7 +21,6 @@ def why_not(p: L1Problem, direction: str) -> str | None:
         (p.exclude_diagonal, "exclude_diagonal is not in the kernels"),
         (p.bias_shape is not None, "bias is not in the kernels"),
         (p.mask_shape is not None, "mask is not in the kernels"),
-        (UNPROVEN is not None, UNPROVEN),
     )
     return next((reason for failed, reason in reasons if failed), None)
 

@@ -79,7 +79,7 @@ def _add(_, sums, ds, memory, x_ref, y_ref):
     row, four = _place()
     x = [[swizzled_rows.read(_pointer(x_ref, c, row, i, four)) for i in range(_ROWS)] for c in range(chunks)]
     ds_start = swizzled_rows.moved(utils.memref_ptr(memory), arith.muli(row, integer(4)))
-    at_once = max(1, _UNROLLED // (3 * FOUR * _ROWS * chunks))
+    at_once = columns_at_once(columns, chunks)
 
     @utils.fori(integer(columns // at_once), _scalars(sums))
     def done(step, totals):
@@ -97,6 +97,12 @@ def _add(_, sums, ds, memory, x_ref, y_ref):
         return totals
 
     return wgmma_layout.tile(sums.shape, lambda _, e, column, r: done.results[4 * (column // 8) + 2 * r + e])
+
+
+def columns_at_once(columns: int, chunks: int) -> int:
+    """Columns of ds of one pass of the loop: a divisor of them all, so that none is left over."""
+    most = max(1, _UNROLLED // (3 * FOUR * _ROWS * chunks))
+    return max(n for n in range(1, most + 1) if columns % n == 0)
 
 
 def _write(ds, memory) -> None:

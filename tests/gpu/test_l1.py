@@ -8,16 +8,9 @@ import numpy as np
 import pytest
 
 from jflash import l1_attention
-from pallas_kernels.hopper import l1
 from tests.l1.rule import inputs
 from tests.oracle import on_the_cpu
 from tests.varlen.rule import assert_follows
-
-
-@pytest.fixture(autouse=True)
-def _whether_proven_or_not(monkeypatch):
-    monkeypatch.setattr(l1, "UNPROVEN", None)
-
 
 CASES = {
     "one_tile": (dict(Sq=128, D=64), {}),
