@@ -79,8 +79,13 @@ def key_blocks(p: AttentionProblem, t: Tile, g: Grouped, at: At) -> ranges.Range
 
 
 def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """einsum accumulated in float32 or wider."""
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    """einsum accumulated in float32 or wider.
+
+    A GPU rounds float32 operands to 10 bits unless told otherwise; here only a user's own matmul precision does.
+    """
+    exact = x.dtype == jnp.float32 and jax.config.jax_default_matmul_precision is None
+    precision = lax.Precision.HIGHEST if exact else None
+    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
 def visible(p: AttentionProblem, t: Tile, g: Grouped, at: At, masked: bool) -> jax.Array | None:

@@ -99,6 +99,10 @@ def test_float16():
     assert_matches_oracle(inputs(1, jnp.float16, **SHAPES["prime_grouped"]), CAUSAL, "hopper")
 
 
+def test_float32_operands_are_not_rounded():
+    assert_matches_oracle(inputs(1, jnp.float32, Sq=300, H=2, D=64), CAUSAL, "xla")
+
+
 def test_same_bits_under_x64():
     q, k, v = inputs(1, jnp.bfloat16, **SHAPES["prime"]).values()
 
