@@ -24,7 +24,7 @@ from jax import lax
 
 from pallas_kernels import _compat
 from pallas_kernels.hopper.linear_scan import Scan, Terms
-from pallas_kernels.hopper.linear_split import linear_scan_split
+from pallas_kernels.hopper.linear_split import entering_states, linear_scan_split
 from pallas_kernels.parts import decay
 from pallas_kernels.parts.decay import CHUNK
 from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem, LinearResults
@@ -32,7 +32,8 @@ from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem,
 
 def linear_forward(p: LinearProblem, a: LinearArrays, *, interpret: _compat.Interpret = None) -> LinearResults:
     """out [B, S, H, Dv] in the input dtype and kv [B, H, D, Dv] in float32."""
-    found = linear_scan_split(_scan(p), a.q, a.k, a.v, a.log_decay, a.kv, interpret=interpret)
+    entering = entering_states(scan_of(p), a.k, a.v, a.log_decay, a.kv, interpret=interpret)
+    found = linear_scan_split(scan_of(p), a.q, a.k, a.v, a.log_decay, entering, interpret=interpret)
     return LinearResults(found.out, kv=found.final)
 
 
@@ -40,15 +41,18 @@ def linear_gradients(
     p: LinearProblem, a: LinearArrays, d_out, d_kv, *, interpret: _compat.Interpret = None
 ) -> LinearGradients:
     """Gradients of q, k, v, log_decay and kv, from the cotangents of out and of the final state."""
-    swapped = dataclasses.replace(_scan(p), D=p.Dv, Dv=p.D)
+    swapped = dataclasses.replace(scan_of(p), D=p.Dv, Dv=p.D)
     adjoint = functools.partial(dataclasses.replace, later=p.before, adjoint=True)
     partners = (a.q, a.k) if p.decay_gradient else (None, None)
     scan = functools.partial(linear_scan_split, interpret=interpret)
+    entering = functools.partial(entering_states, log_decay=a.log_decay, interpret=interpret)
     # What enters an adjoint pass leaves it times scale.
     d_end = None if d_kv is None else d_kv / p.scale
-    dq = scan(swapped, d_out, a.v, a.k, a.log_decay, _transposed(a.kv), partners[0])
-    dk = scan(adjoint(swapped), a.v, d_out, a.q, a.log_decay, _transposed(d_end), partners[1])
-    dv = scan(adjoint(_scan(p)), a.k, a.q, d_out, a.log_decay, d_end)
+    states = entering(swapped, a.v, a.k, initial=_transposed(a.kv))
+    cotangents = entering(adjoint(scan_of(p)), a.q, d_out, initial=d_end)
+    dq = scan(swapped, d_out, a.v, a.k, a.log_decay, states, partners[0])
+    dk = scan(adjoint(swapped), a.v, d_out, a.q, a.log_decay, _transposed(cotangents), partners[1])
+    dv = scan(adjoint(scan_of(p)), a.k, a.q, d_out, a.log_decay, cotangents)
     return LinearGradients(
         q=_shared(dq.out, a.q),
         k=_shared(dk.out, a.k),
@@ -58,7 +62,7 @@ def linear_gradients(
     )
 
 
-def _scan(p: LinearProblem) -> Scan:
+def scan_of(p: LinearProblem) -> Scan:
     return Scan(B=p.B, H=p.H, S=p.Sq, D=p.D, Dv=p.Dv, dtype=p.dtype, scale=p.scale, later=p.after)
 
 
@@ -76,7 +80,7 @@ def _shared(gradient: jax.Array, x: jax.Array) -> jax.Array:
 
 def _decay_gradient(p: LinearProblem, log_decay, of_q: Terms, of_k: Terms) -> jax.Array:
     """The gradient of log_decay, in its shape and dtype."""
-    scan = _scan(p)
+    scan = scan_of(p)
     total = decay.sums(log_decay, scan.S, scan.suffix).reshape(-1, p.H, scan.chunks, CHUNK)[..., 0 if p.after else -1]
     states = of_q.states.astype(jnp.float32) * of_k.states.astype(jnp.float32)
     spanning = p.scale * jnp.exp2(total) * states.sum(axis=(-2, -1))

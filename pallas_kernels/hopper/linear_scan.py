@@ -69,6 +69,12 @@ class Plan:
     tile: LinearTile
     partnered: bool
     interpret: _compat.Interpret
+    segments: int = 0  # or only the states behind so many segments of time, without q and out
+
+    @property
+    def ctas(self) -> int:
+        entries = self.scan.B if not self.segments else self.scan.B // self.segments * (self.segments - 1)
+        return entries * self.scan.H * self.slices
 
     @property
     def blocks(self) -> int:
@@ -87,24 +93,24 @@ class Plan:
 class Refs(NamedTuple):
     """What a kernel sees; a feature that was not asked for is None."""
 
-    q_gmem: Any
     k_gmem: Any
     v_gmem: Any
-    out_gmem: Any
-    q_smem: Any
+    final_gmem: Any
     k_smem: Any
     v_smem: Any  # tile slot * warpgroups + wg: 64 columns
-    out_smem: Any
-    state_smem: Any  # rounded, 64 columns for each consumer
     full: Any
     empty: Any
+    q_gmem: Any = None
+    out_gmem: Any = None
+    q_smem: Any = None
+    out_smem: Any = None
+    state_smem: Any = None  # rounded, 64 columns for each consumer
     sums_gmem: Any = None  # see decay.sums
     sums_smem: Any = None
     partner_gmem: Any = None
     partner_smem: Any = None  # as v_smem
     dots_smem: Any = None
     initial_gmem: Any = None
-    final_gmem: Any = None
     dots_gmem: Any = None
     states_gmem: Any = None
 
@@ -143,18 +149,7 @@ def linear_scan(
     if initial is not None:
         rows, columns = (tiles.padded(n) - n for n in initial.shape[2:])
         inputs["initial_gmem"] = jnp.pad(initial, ((0, 0), (0, 0), (0, rows), (0, columns)))
-    outputs = _outputs(plan, q.shape[1], v.shape[3])
-    kernel = _compat.kernel(
-        functools.partial(_kernel, plan, (*inputs, *outputs)),
-        name="linear_scan",
-        out_type=tuple(outputs.values()),
-        scratch=_scratch(plan, log_decay is not None),
-        grid=(scan.B * scan.H * plan.slices,),
-        grid_names=("cta",),
-        warpgroups=barriers.warpgroups(plan.tile.warpgroups, 1, interpret),
-        interpret=interpret,
-    )
-    found = dict(zip(outputs, kernel(*inputs.values()), strict=True))
+    found = _launch(plan, inputs, _outputs(plan, q.shape[1], v.shape[3]))
     out, final = found["out_gmem"][:, : scan.S, :, : scan.Dv], found["final_gmem"][:, :, : scan.D, : scan.Dv]
     if partner is None:
         return ScanResults(out, final)
@@ -162,6 +157,33 @@ def linear_scan(
     shape = (scan.B, scan.H, scan.chunks, CHUNK)
     states = found["states_gmem"][..., : scan.D, : scan.Dv]
     return ScanResults(out, final, Terms(dots.reshape(shape), through_state.reshape(shape), states))
+
+
+def linear_states(scan: Scan, segments: int, k, v, log_decay=None, *, interpret: _compat.Interpret = None) -> jax.Array:
+    """S behind each batch entry of a pass that starts from zeros, float32 [B, H, D, Dv]: k and v read once.
+
+    Entries are segments of time, so many in a row; of the one that is walked last there is only garbage.
+    """
+    plan = dataclasses.replace(make_plan(scan, False, interpret), segments=segments)
+    inputs = {"k_gmem": tma.fit(k, CHUNK), "v_gmem": tma.fit(v, CHUNK)}
+    if log_decay is not None:
+        inputs["sums_gmem"] = decay.sums(log_decay, scan.S, scan.suffix)
+    found = _launch(plan, inputs, {"final_gmem": _outputs(plan, k.shape[1], scan.Dv)["final_gmem"]})
+    return found["final_gmem"][:, :, : scan.D, : scan.Dv]
+
+
+def _launch(plan: Plan, inputs: dict[str, jax.Array], outputs: dict[str, jax.ShapeDtypeStruct]) -> dict:
+    kernel = _compat.kernel(
+        functools.partial(_kernel, plan, (*inputs, *outputs)),
+        name="linear_states" if plan.segments else "linear_scan",
+        out_type=tuple(outputs.values()),
+        scratch=_scratch(plan, "sums_gmem" in inputs),
+        grid=(plan.ctas,),
+        grid_names=("cta",),
+        warpgroups=barriers.warpgroups(plan.tile.warpgroups, 1, plan.interpret),
+        interpret=plan.interpret,
+    )
+    return dict(zip(outputs, kernel(*inputs.values()), strict=True))
 
 
 def make_plan(scan: Scan, partnered: bool, interpret: _compat.Interpret = None) -> Plan:
@@ -187,12 +209,13 @@ def _outputs(plan: Plan, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStr
 def _tile_types(plan: Plan) -> dict[str, tma.TileType]:
     t, D = plan.tile, tiles.padded(plan.scan.D)
     found = {
-        "q_smem": plan.tile_type(t.stages, CHUNK, D),
         "k_smem": plan.tile_type(t.stages, CHUNK, D),
         "v_smem": plan.tile_type(t.stages * t.warpgroups, CHUNK, 64),
-        "out_smem": plan.tile_type(t.warpgroups, CHUNK, 64),
-        "state_smem": plan.tile_type(t.warpgroups, D, 64),
     }
+    if not plan.segments:
+        found["q_smem"] = found["k_smem"]
+        found["out_smem"] = plan.tile_type(t.warpgroups, CHUNK, 64)
+        found["state_smem"] = plan.tile_type(t.warpgroups, D, 64)
     if plan.partnered:
         found["partner_smem"] = found["v_smem"]
     return found
@@ -200,7 +223,8 @@ def _tile_types(plan: Plan) -> dict[str, tma.TileType]:
 
 def _scratch(plan: Plan, decays: bool) -> dict[str, Any]:
     t, types = plan.tile, _tile_types(plan)
-    copies = types["q_smem"].chunks + types["k_smem"].chunks + (1 + plan.partnered) * t.warpgroups + decays
+    rows = sum(types[name].chunks for name in ("q_smem", "k_smem") if name in types)
+    copies = rows + (1 + plan.partnered) * t.warpgroups + decays
     return {
         **{name: x.scratch for name, x in types.items()},
         **({"sums_smem": plgpu.SMEM((t.stages, CHUNK), jnp.float32)} if decays else {}),
@@ -228,10 +252,17 @@ def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     part, index = lax.rem(cta, plan.slices), lax.div(cta, plan.slices)
     columns = [(part * plan.tile.warpgroups + w) * 64 for w in range(plan.tile.warpgroups)]
-    work = Work(lax.div(index, plan.scan.H), lax.rem(index, plan.scan.H), columns)
+    work = Work(_entry(plan, lax.div(index, plan.scan.H)), lax.rem(index, plan.scan.H), columns)
     consume = functools.partial(_consumer, plan, refs, work, wg)
     produce = functools.partial(_producer, plan, refs, work)
     lax.cond(wg < plan.tile.warpgroups, consume, produce)
+
+
+def _entry(plan: Plan, n):
+    """The n-th batch entry that is walked: of states, no segment that nothing follows."""
+    if not plan.segments:
+        return n
+    return n + lax.div(n, jnp.int32(plan.segments - 1)) + int(plan.scan.later)
 
 
 def _chunk(plan: Plan, step):
@@ -251,6 +282,8 @@ def _loader(plan: Plan, refs: Refs, work: Work) -> None:
         full = refs.full.at[slot]
         pl.when(step >= t.stages)(lambda: plgpu.barrier_wait(refs.empty.at[slot]))
         for smem, gmem in ((refs.q_smem, refs.q_gmem), (refs.k_smem, refs.k_gmem)):
+            if gmem is None:
+                continue
             smem.load(gmem, work.b, row, work.head(plan, gmem), slot, full)
         for w, column in enumerate(work.columns):
             n = slot * t.warpgroups + w
@@ -269,7 +302,7 @@ def _consumer(plan: Plan, refs: Refs, work: Work, wg) -> None:
     plgpu.set_max_registers(plan.tile.registers, action="increase")
     column = work.columns[0] + wg * 64
     state = tuple(_initial(refs, work, n, column) for n in range(plan.blocks))
-    step = functools.partial(_step, plan, refs, work, wg, column)
+    step = functools.partial(_state_step if plan.segments else _step, plan, refs, work, wg, column)
     state = lax.fori_loop(0, plan.scan.chunks, step, state)
     for n, block in enumerate(state):
         refs.final_gmem[work.b, work.h, pl.ds(n * 64, 64), pl.ds(column, 64)] = block
@@ -298,7 +331,8 @@ def _step(plan: Plan, refs: Refs, work: Work, wg, column, step, state):
     decays = _decays(plan, refs, slot)
     weights, far = _query_products(plan, refs, wg, slot, decays)
     through_state = _dot(refs, mine, far) * plan.scan.scale if plan.partnered else None
-    out, state = _value_products(plan, refs, mine, slot, decays, weights, far, state)
+    out = _value_product(plan, refs, mine, weights, far)
+    state = _state_behind(plan, refs, mine, slot, decays, state)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     if through_state is not None:
         refs.dots_smem[wg, 0] = through_state
@@ -310,6 +344,15 @@ def _step(plan: Plan, refs: Refs, work: Work, wg, column, step, state):
     if refs.dots_gmem is not None:
         dots = refs.dots_gmem.at[work.b, work.h, lax.div(column, 64), :, pl.ds(chunk * CHUNK, CHUNK)]
         plgpu.copy_smem_to_gmem(refs.dots_smem.at[wg], dots)
+    return state
+
+
+def _state_step(plan: Plan, refs: Refs, work: Work, wg, column, step, state):
+    """One chunk: the state behind it."""
+    slot = lax.rem(step, plan.tile.stages)
+    plgpu.barrier_wait(refs.full.at[slot])
+    state = _state_behind(plan, refs, slot * plan.tile.warpgroups + wg, slot, _decays(plan, refs, slot), state)
+    plgpu.barrier_arrive(refs.empty.at[slot])
     return state
 
 
@@ -350,14 +393,20 @@ def _query_products(plan: Plan, refs: Refs, wg, slot, decays: Decays | None) -> 
     return pl.run_scoped(near, acc), pl.run_scoped(far, acc)
 
 
-def _value_products(plan: Plan, refs: Refs, mine, slot, decays: Decays | None, weights, far, state):
-    """out of the chunk, and the state behind it."""
-    scan, v = plan.scan, refs.v_smem.multiplied.at[mine, 0]
+def _value_product(plan: Plan, refs: Refs, mine, weights, far) -> jax.Array:
+    """out of the chunk."""
 
     def near(acc):
         acc[...] = far
-        plgpu.wgmma(acc, weights, v)
+        plgpu.wgmma(acc, weights, refs.v_smem.multiplied.at[mine, 0])
         return plgpu.wgmma_accumulator_load(acc, wait_n=0)
+
+    return pl.run_scoped(near, plgpu.ACC(BLOCK, jnp.float32)) * plan.scan.scale
+
+
+def _state_behind(plan: Plan, refs: Refs, mine, slot, decays: Decays | None, state):
+    """The state behind the chunk; takes v."""
+    v = refs.v_smem.multiplied.at[mine, 0]
 
     def behind(*accs):
         for n, (acc, block) in enumerate(zip(accs, state, strict=True)):
@@ -365,11 +414,9 @@ def _value_products(plan: Plan, refs: Refs, mine, slot, decays: Decays | None, w
             plgpu.wgmma(acc, refs.k_smem.columns(slot, 64 * n, 64).transpose((1, 0)), v)
         return tuple(plgpu.wgmma_accumulator_load(acc, wait_n=len(accs) - 1 - n) for n, acc in enumerate(accs))
 
-    acc = plgpu.ACC(BLOCK, jnp.float32)
-    out = pl.run_scoped(near, acc) * scan.scale
     if decays is not None:
         plgpu.commit_smem()  # until all four warps are through with v
         left = _compat.load(v, WGMMA).astype(jnp.float32) * decays.leave()
-        v[...] = left.astype(scan.dtype)
+        v[...] = left.astype(plan.scan.dtype)
         plgpu.commit_smem()
-    return out, pl.run_scoped(behind, *(acc for _ in state))
+    return pl.run_scoped(behind, *(plgpu.ACC(BLOCK, jnp.float32) for _ in state))

@@ -27,6 +27,8 @@ CASES = {
     "wide_values": (dict(B=1, S=200, Hq=2, D=64, Dv=256, decay="token"), {}),
     "uneven_values": (dict(B=1, S=200, Hq=2, D=128, Dv=192, decay="token", state=True), {}),
     "short": (dict(B=2, S=3, Hq=2, D=64, decay="token"), {}),
+    "few": (dict(B=2, S=2048, Hq=2, Hk=1, D=128, decay="token", strength=0.01, state=True), {}),
+    "few_reverse": (dict(B=1, S=2048, Hq=2, D=64, decay="head", strength=0.01), dict(reverse=True)),
     "many": (dict(B=8, S=130, Hq=40, D=64, decay="token"), {}),
 }
 

@@ -126,6 +126,24 @@ def test_names_what_it_cannot_do(changed, reason):
         assert reason in linear.why_not(dataclasses.replace(p, **changed), "forward")
 
 
+@pytest.mark.parametrize(
+    ("changed", "case"),
+    [
+        ({}, None),
+        (dict(D=40, Dv=40), "head_dims"),
+        (dict(Dv=128), "wide_values"),
+        (dict(Sq=3, Sk=3), "short"),
+        (dict(B=8, H=40, Hq=40, Hk=40, Hv=40), "many"),
+        (dict(Sq=4096, Sk=4096), "few"),
+    ],
+    ids=str,
+)
+def test_what_no_gpu_has_confirmed_is_not_dispatched_to(changed, case):
+    p = LinearProblem("sm_90", "bfloat16", B=1, H=1, Hq=1, Hk=1, Hv=1, Sq=500, Sk=500, D=64, Dv=64, scale=1.0)
+    reason = linear.why_not(dataclasses.replace(p, **changed), "forward")
+    assert reason is None if case is None else case in reason and "not yet proven" in reason
+
+
 @pytest.mark.compile
 @pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs jax-cuda13-plugin")
 @pytest.mark.parametrize("decay", [None, "token"])
