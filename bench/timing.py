@@ -52,6 +52,8 @@ def _milliseconds(timed: Timed, calls: int) -> float:
 def _calls_in(timed: Timed, seconds: float) -> int:
     """How many calls fill the time; compiles and warms up on the way."""
     timed.wait(timed.run())
+    if _milliseconds(timed, 1) >= 1e3 * seconds:
+        return 1
     return max(1, min(1000, int(1e3 * seconds / min(_milliseconds(timed, 2), _milliseconds(timed, 3)))))
 
 
