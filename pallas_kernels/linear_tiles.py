@@ -17,7 +17,7 @@ class LinearTile:
     spill_bytes: int = 0  # what ptxas may spill; the compile test fails above it
 
 
-# Measured on an H100 SXM on 2026-11-22, forward, ms (and times the memory floor).
+# Measured on an H100 80GB HBM3 on 2026-11-22, forward, ms (and times the memory floor).
 SCAN = {
     # B8 T4096 H32: 0.197 (1.10), with a decay by head 0.212 (1.19)
     64: LinearTile(warpgroups=1, stages=3, registers=128, ctas=2, spill_bytes=16),

@@ -141,15 +141,18 @@ def test_names_what_it_cannot_do(changed, reason):
 def test_what_no_gpu_has_confirmed_is_not_dispatched_to(changed, case):
     p = LinearProblem("sm_90", "bfloat16", B=1, H=1, Hq=1, Hk=1, Hv=1, Sq=500, Sk=500, D=64, Dv=64, scale=1.0)
     reason = linear.why_not(dataclasses.replace(p, **changed), "forward")
-    assert reason is None if case is None else case in reason and "not yet proven" in reason
+    if case is None:
+        assert reason is None
+    else:
+        assert reason is not None and case in reason and "not yet proven" in reason
 
 
 @pytest.mark.compile
 @pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs jax-cuda13-plugin")
 @pytest.mark.parametrize("decay", [None, "token"])
-@pytest.mark.parametrize("D", [64, 128, 256])
-def test_ptxas_has_no_complaint(D, decay):
-    arrays = inputs(0, jnp.bfloat16, B=1, S=1000, Hq=2, D=D, decay=decay, state=True)
+@pytest.mark.parametrize(("D", "S", "expected"), [(64, 1000, 4), (128, 1000, 4), (256, 1000, 4), (128, 1024, 7)])
+def test_ptxas_has_no_complaint(D, S, expected, decay):
+    arrays = inputs(0, jnp.bfloat16, B=1, S=S, Hq=2, D=D, decay=decay, state=True)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
     def run(arrays):
@@ -159,7 +162,7 @@ def test_ptxas_has_no_complaint(D, decay):
     with proven():
         _, kernels = compile_for_h100(run, shapes)
     tile = linear_tiles.SCAN[D]
-    assert len(kernels) == 4
+    assert len(kernels) == expected  # 3 more find what enters segments of time
     for kernel in kernels:
         assert kernel.serialized is None
         assert kernel.spill_bytes <= tile.spill_bytes
