@@ -140,7 +140,7 @@ def values_are_known(x: Tensor) -> bool:
 
 def number(name: str, x) -> float:
     """A finite Python float."""
-    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+    if type(x) is not float and (isinstance(x, bool) or not isinstance(x, numbers.Real)):  # `type` is fast
         raise TypeError(f"{name}={x!r} must be a number")
     x = float(x)
     if not -math.inf < x < math.inf:  # torch.compile cannot trace math.isfinite of a dynamic number
@@ -170,7 +170,7 @@ def window(x) -> tuple[int, int]:
 
 
 def _side(name: str, x) -> int:
-    if isinstance(x, bool) or not isinstance(x, numbers.Integral):
+    if type(x) is not int and (isinstance(x, bool) or not isinstance(x, numbers.Integral)):
         raise TypeError(f"window_size {name}={x!r} must be an integer")
     if x < -1:
         raise ValueError(f"window_size {name}={x} must be >= 0, or -1 for unbounded")

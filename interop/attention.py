@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -24,18 +26,19 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool = False,
+) -> tuple[Tensor, Any]:
     """(out, lse) of `jflash::attention_forward`, differentiable in all but alibi_slopes.
 
     attn_mask is bool, True = visible, or floating and added; bias is added too. Both broadcast to
     [B, H, Sq, Sk]. segment_ids are integers for the queries [B, Sq] and for the keys [B, Sk]; sinks and
     alibi_slopes are [H] or [B, H]. cu_seqlens int32 [1, 2, N + 1] says where packed sequences start; alibi_slopes
-    may then be [1, H, Sq].
+    may then be [1, H, Sq]. Without with_lse lse may be None.
     """
     if torch.are_deterministic_algorithms_enabled():
         options = options._replace(deterministic=True)
     if attn_mask is bias is segment_ids is alibi_slopes is sinks is cu_seqlens is None:
-        found = _repeated(q, k, v, options)
+        found = _repeated(q, k, v, options, with_lse)
         if found is not None:
             return found
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -67,7 +70,7 @@ def attention(
     return _function().apply(*operands, *options)
 
 
-def _repeated(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor] | None:
+def _repeated(q: Tensor, k: Tensor, v: Tensor, options: Options, with_lse: bool) -> tuple | None:
     """The results of a call like one that torch has launched, so that all about it has been checked; else None."""
     if not _are_plain(q, k, v):
         return None
@@ -75,8 +78,8 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor
     call = direct.signature("forward", operands, options)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Repeated.apply(q, k, v, options, call) if direct.launches.get(call) else None
-    found = direct.again(call, operands)
-    return None if found is None else (found[0], found[1])
+    found = direct.again(call, operands, first=not with_lse)
+    return None if found is None else (found[0], found[1] if with_lse else None)
 
 
 def _are_plain(*tensors) -> bool:
@@ -212,6 +215,11 @@ def _gradients(ctx, d_out: Tensor | None, d_lse: Tensor | None):
     needs = Operands(*ctx.needs_input_grad[:TENSORS])
     args = (d_out, d_lse, out, lse, *tensors, *ctx.options, needs.bias)
     differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not differentiable and _are_plain(*(x for x in (d_out, *tensors) if x is not None)):
+        call = direct.signature("backward", args[: 4 + TENSORS], Options(*ctx.options), needs.bias)
+        found = direct.again(call, args[: 4 + TENSORS])
+        if found is not None and len(found) == 3:  # of q, k, v and of nothing else
+            return (*found, None, None, *rest)
     *grads, d_bias, d_sinks = _FirstOrderOnly.apply(*args) if differentiable else attention_backward(*args)
     return (*grads, d_bias if needs.bias else None, d_sinks if needs.sinks else None, *rest)
 

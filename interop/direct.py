@@ -41,10 +41,10 @@ def signature(name: str, tensors: Tensors, *static: Hashable) -> Hashable:
     return name, static, tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
 
 
-def again(key: Hashable, tensors: Tensors) -> list[Tensor] | None:
-    """The results of a call, if one of its signature has been launched before."""
+def again(key: Hashable, tensors: Tensors, *, first: bool = False) -> list[Tensor] | None:
+    """The results of a call, or just the first, if one of its signature has been launched before."""
     launch = launches.get(key)
-    return None if launch is None else launch(tensors)
+    return None if launch is None else launch(tensors, first=first)
 
 
 def call(key: Hashable, function: Callable, tensors: Tensors, *, x64: bool = False, **static) -> list[Tensor]:
@@ -97,17 +97,19 @@ class Launch:
         self.steps = [(_runner(step, device), step.operands) for step in program.steps]
         self.returned = program.returned
 
-    def __call__(self, tensors: Tensors) -> list[Tensor]:
+    def __call__(self, tensors: Tensors, *, first: bool = False) -> list[Tensor]:
         index = self.device.index
-        if index in _thread.devices and torch.cuda.current_device() == index:
-            return self.run(tensors)
+        if index in _thread.devices and _current_device() == index:
+            return self.run(tensors, first=first)
         with _thread.on(self.device):
-            return self.run(tensors)
+            return self.run(tensors, first=first)
 
-    def run(self, tensors: Tensors) -> list[Tensor]:
+    def run(self, tensors: Tensors, *, first: bool = False) -> list[Tensor]:
         values = [_ready(t) for t in tensors if t is not None] + self.constants
         for run, operands in self.steps:
-            values += run(*[values[n] for n in operands])
+            values += run([values[n] for n in operands])
+            if first and len(values) > self.returned[0]:
+                return [values[self.returned[0]]]
         return [values[n] for n in self.returned]
 
 
@@ -139,21 +141,19 @@ def _runner(step: Step, device: torch.device) -> Callable[..., list[Tensor]]:
     """What runs a step of a program."""
     operation = step.run
     if callable(operation):
-        return lambda *operands: [operation(*operands)]
+        return lambda operands: [operation(*operands)]
     kernel, launch = _compile(operation.module)
     pack = struct.Struct(f"{len(step.operands) + len(operation.outputs)}P").pack
+    index, in_place = device.index, operation.in_place
+    empty = torch.empty_strided  # given strides, torch takes half the time
     outputs = [
-        (operation.in_place.get(n), shape, bridge.row_major(shape), dtype)
+        (in_place.get(n), functools.partial(empty, shape, bridge.row_major(shape), dtype=dtype, device=device))
         for n, (shape, dtype) in enumerate(operation.outputs)
     ]
 
-    def run(*operands: Tensor) -> list[Tensor]:
-        results: list[Tensor] = [
-            # Given strides, torch takes half the time.
-            torch.empty_strided(shape, strides, dtype=dtype, device=device) if of is None else operands[of]
-            for of, shape, strides, dtype in outputs
-        ]
-        launch(kernel, _stream(device.index), pack(*[x.data_ptr() for x in (*operands, *results)]))
+    def run(operands: list[Tensor]) -> list[Tensor]:
+        results: list[Tensor] = [new() if of is None else operands[of] for of, new in outputs]
+        launch(kernel, _stream(index), pack(*[x.data_ptr() for x in operands + results]))
         return results
 
     return run
@@ -163,6 +163,7 @@ def _runner(step: Step, device: torch.device) -> Callable[..., list[Tensor]]:
 
 
 _stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # 20 times as fast as torch.cuda.current_stream
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _COMPILE = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_char_p, ctypes.c_int)
 _LAUNCH = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
 

@@ -72,7 +72,7 @@ def flash_attn_func(
         dropout_p=_arguments.dropout_p(dropout_p),
         deterministic=bool(deterministic),
     )
-    out, lse = attention(q, k, v, options, alibi_slopes=alibi_slopes)
+    out, lse = attention(q, k, v, options, alibi_slopes=alibi_slopes, with_lse=return_attn_probs)
     return (out, lse, None) if return_attn_probs else out
 
 

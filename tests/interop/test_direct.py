@@ -16,9 +16,8 @@ import torch
 
 from interop import bridge, direct, flash_attn_func, kernels, programs
 from interop.operands import Operands, Options
-from pallas_kernels import _compat
 from tests.interop.cases import Recorded, by_definition, cotangent, qkv
-from tests.kernels.calls import on_hopper
+from tests.kernels.calls import identity, on_hopper
 
 CPU = torch.device("cpu")
 LOG2E = math.log2(math.e)
@@ -106,6 +105,7 @@ class Attention:
         memory(delta, self.statistics, torch.float32)[:] = rows - d_lse
         memory(dq, (*self.statistics, self.D), torch.float32)[:] = 0
 
+    @torch.enable_grad()  # autograd runs this without
     def backward(self, q, k, v, d_out, lse2, delta, dq, dk, dv, dq_again):
         assert dq == dq_again
         q, k, v = self.inputs(q, k, v, self.block_q)
@@ -214,19 +214,6 @@ def test_as_jax_lowers_it(options):
             assert [shape for shape, _ in step.run.outputs] == types(text)
         in_place = [step.run.in_place for step in found if step.run.in_place]
         assert in_place == ([{2: 6}] if function is backward and not options.deterministic else [])
-
-
-def identity(x):
-    """A kernel that does nothing, in the sense of JAX's text."""
-    return _compat.kernel(
-        lambda *refs: None,
-        name="identity",
-        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        scratch={},
-        grid=(1,),
-        grid_names=("cta",),
-        warpgroups=1,
-    )(x)
 
 
 REFUSED = {
@@ -444,10 +431,11 @@ def test_repeated_calls(launched):
     out, lse, _ = flash_attn_func(*tensors, causal=True, return_attn_probs=True)
     torch.testing.assert_close(out.double(), expected[0], atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(lse.double(), expected[1], atol=1e-5, rtol=1e-5)
-    assert len(count) == 1
+    assert torch.equal(flash_attn_func(*tensors, causal=True), out), "without lse"
+    assert len(count) == 2
     flash_attn_func(*tensors, causal=True, deterministic=True)
     flash_attn_func(*tensors)
-    assert len(count) == 1, "another call"
+    assert len(count) == 2, "another call"
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False)])
@@ -464,6 +452,44 @@ def test_repeated_calls_have_gradients(launched, wanted):
     expected = torch.autograd.grad(outputs, [x for x in wide if x.requires_grad], [w.double() for w in weights])
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x.double(), y, atol=2e-2, rtol=2e-2)
+
+
+def test_the_first_result_alone(played):
+    """What only the others need is left out."""
+    program = programs.lower(lambda x: [identity(x)[1:], identity(x)], structs((256,)))
+    ran = []
+    played(*(functools.partial(lambda n, i, o: (ran.append(n), plays_copy(256)(i, o)), n) for n in range(2)))
+    x, launch = torch.randn(256).half(), direct.Launch(program, CPU)
+    (found,) = launch.run([x], first=True)
+    assert torch.equal(found, x[1:])
+    assert ran == [0]
+    assert all(map(torch.equal, launch.run([x]), (x[1:], x)))
+
+
+def test_repeated_gradients(played, monkeypatch):
+    """A backward that has been launched before is launched by autograd itself."""
+    tensors, player = prepared("D64_short")
+    x, options = Operands(*tensors), Options(right=0)
+    shapes = structs(*(t.shape for t in tensors))
+    row, lse = shapes[0], jax.ShapeDtypeStruct((1, 2, 40), jnp.float32)
+    forward = lower(kernels.forward, [*shapes, *[None] * 9], options=options)
+    arguments = [row, None, row, lse, *shapes, *[None] * 9]
+    backward = lower(kernels.backward, arguments, options=options, bias_gradient=False)
+    played(player.forward, player.delta, player.backward, player.dq)
+    rows = [tensors[0], None, tensors[0], torch.zeros(1, 2, 40)]
+    monkeypatch.setattr(direct, "launches", {
+        direct.signature("forward", x, options): direct.Launch(forward, CPU),
+        direct.signature("backward", (*rows, *x), options, False): direct.Launch(backward, CPU),
+    })  # fmt: skip
+    monkeypatch.setattr(direct.Launch, "__call__", direct.Launch.run)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    d_out = cotangent(tensors[0], 5)
+    wide = [t.double().requires_grad_() for t in tensors]
+    expected = torch.autograd.grad(by_definition(*wide, right=0)[0], wide, d_out.double())
+    monkeypatch.setattr("interop.attention.attention_backward", None)
+    found = torch.autograd.grad(flash_attn_func(*leaves, causal=True), leaves, d_out)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=2e-2, rtol=2e-2)
 
 
 def test_who_looks_sees_the_operator(launched):

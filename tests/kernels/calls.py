@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jflash import backends, flash_attention, flash_attention_varlen
-from pallas_kernels import hopper
+from pallas_kernels import _compat, hopper
 
 CALLS = {
     "D128": (dict(D=128), {}),
@@ -79,3 +79,16 @@ def on_hopper():
     """A context in which calls think they will run on one."""
     with mock.patch.object(backends, "target_of", return_value=hopper.TARGET):
         yield
+
+
+def identity(x):
+    """A kernel that does nothing, in the sense of JAX's text."""
+    return _compat.kernel(
+        lambda *refs: None,
+        name="identity",
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch={},
+        grid=(1,),
+        grid_names=("cta",),
+        warpgroups=1,
+    )(x)
