@@ -215,10 +215,11 @@ def _gradients(ctx, d_out: Tensor | None, d_lse: Tensor | None):
     needs = Operands(*ctx.needs_input_grad[:TENSORS])
     args = (d_out, d_lse, out, lse, *tensors, *ctx.options, needs.bias)
     differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if not differentiable and _are_plain(*(x for x in (d_out, *tensors) if x is not None)):
-        call = direct.signature("backward", args[: 4 + TENSORS], Options(*ctx.options), needs.bias)
+    more = needs.bias or Operands(*tensors).sinks is not None  # gradients than of q, k, v
+    if not (differentiable or more) and _are_plain(*(x for x in (d_out, *tensors) if x is not None)):
+        call = direct.signature("backward", args[: 4 + TENSORS], Options(*ctx.options), False)
         found = direct.again(call, args[: 4 + TENSORS])
-        if found is not None and len(found) == 3:  # of q, k, v and of nothing else
+        if found is not None:
             return (*found, None, None, *rest)
     *grads, d_bias, d_sinks = _FirstOrderOnly.apply(*args) if differentiable else attention_backward(*args)
     return (*grads, d_bias if needs.bias else None, d_sinks if needs.sinks else None, *rest)
