@@ -46,20 +46,20 @@ class BackwardTile:
 
 # TF/s full / causal at B2 S8192, bf16, H100 80GB HBM3, from bench/results/h100-attention.json.
 FORWARD = {
-    64: ForwardTile(  # 512 / 477
+    64: ForwardTile(  # 551 / 490
         block_kv=128, warpgroups=3, stages=3, registers=160, producer_registers=32, persistent=True
     ),
-    128: ForwardTile(block_kv=128, persistent=True),  # 630 / 606
-    192: ForwardTile(block_kv=64, persistent=True, lazy=True),
-    256: ForwardTile(block_kv=64, persistent=True, out_in_q=True, lazy=True, spill_bytes=72),
+    128: ForwardTile(block_kv=128, persistent=True),  # 660 / 615
+    192: ForwardTile(block_kv=64, persistent=True, lazy=True),  # 634 / 545 at B4 S4096, before `lazy`
+    256: ForwardTile(block_kv=64, persistent=True, out_in_q=True, lazy=True, spill_bytes=72),  # 749 / 683
 }
 
 
 BACKWARD = {
-    64: BackwardTile(block_q=128, split_rows=True, spill_bytes=104),  # 526 / 460
-    128: BackwardTile(block_q=64, spill_bytes=40),  # 578 / 555
-    192: BackwardTile(block_q=64, block_kv=64, ds_stages=1, roles=True),
-    256: BackwardTile(block_q=64, block_kv=64, ds_stages=1, roles=True, spill_bytes=40),
+    64: BackwardTile(block_q=128, split_rows=True, spill_bytes=104),  # 532 / 456
+    128: BackwardTile(block_q=64, spill_bytes=40),  # 586 / 565
+    192: BackwardTile(block_q=64, block_kv=64, ds_stages=1, roles=True),  # 417 / 374 at B4 S4096
+    256: BackwardTile(block_q=64, block_kv=64, ds_stages=1, roles=True, spill_bytes=40),  # 421 / 411
 }
 
 

@@ -168,7 +168,6 @@ def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
     tile = tiles.backward_tile(p)
     # Ascending blocks: the first keys have the longest walk.
     bytes_per_head = p.Sq * (2 * (p.D + p.Dv) + 4 * p.D) * p.group
-    sectioned = p.right is not None or p.key_ranges
     order = Schedule(
         batch=p.B,
         heads=p.Hk,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels.hopper import TARGET
-from pallas_kernels.parts.schedule import SMS
 from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem, LinearResults
 
 
@@ -22,26 +21,7 @@ def why_not(p: LinearProblem, direction: str) -> str | None:
         (p.scale == 0, f"scale={p.scale} must not be 0"),
         (p.chunk_size not in (None, 64), f"chunk_size={p.chunk_size} must be 64"),
     )
-    return next((reason for failed, reason in reasons if failed), None) or unproven(p, direction)
-
-
-def unproven(p: LinearProblem, direction: str) -> str | None:
-    """What works in the interpreter and compiles, but whose case of tests/gpu has not yet run. Tests lift it."""
-    from pallas_kernels.hopper.linear_gradients import scan_of
-    from pallas_kernels.hopper.linear_scan import make_plan
-    from pallas_kernels.hopper.linear_split import segments
-
-    scan = scan_of(p)
-    plan = make_plan(scan, p.decay_gradient)
-    cases = (
-        (p.D % 64 != 0 or p.Dv % 64 != 0, "head_dims", "head dims that are no multiple of 64"),
-        (p.Dv != p.D, "wide_values, uneven_values", "values of another head dim than keys"),
-        (p.Sq < 64, "short", "sequences of less than 64 tokens"),
-        (plan.ctas > SMS * plan.tile.ctas, "many", "more heads than the GPU takes at once"),
-        (segments(scan) > 1, "few, few_reverse", "few heads, in segments of time"),
-    )
-    found = next((f"{what} ({name} of tests/gpu/test_linear.py)" for holds, name, what in cases if holds), None)
-    return None if found is None else f"{found}: in the kernels, but not yet proven on a GPU"
+    return next((reason for failed, reason in reasons if failed), None)
 
 
 def forward(p: LinearProblem, a: LinearArrays) -> LinearResults:

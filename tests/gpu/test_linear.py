@@ -1,13 +1,10 @@
 """The Hopper kernels of linear attention against the oracle, on the device."""
 
-from unittest import mock
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jflash import linear_attention
-from pallas_kernels.hopper import linear
 from tests.linear.rule import assert_matches_oracle, inputs
 
 CASES = {
@@ -31,12 +28,6 @@ CASES = {
     "few_reverse": (dict(B=1, S=2048, Hq=2, D=64, decay="head", strength=0.01), dict(reverse=True)),
     "many": (dict(B=8, S=130, Hq=40, D=64, decay="token"), {}),
 }
-
-
-@pytest.fixture(autouse=True)
-def _proven():
-    with mock.patch.object(linear, "unproven", return_value=None):
-        yield
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -69,7 +69,9 @@ def test_float16():
 
 
 @pytest.mark.skipif(OLD, reason="slow on this JAX")
-@pytest.mark.parametrize(("D", "options"), [(64, {"segment_ids": jnp.arange(384)[None] // 128}), (128, {"causal": True})])
+@pytest.mark.parametrize(
+    ("D", "options"), [(64, {"segment_ids": jnp.arange(384)[None] // 99}), (128, {"causal": True})]
+)
 def test_a_cta_takes_several_tiles(D, options):
     """As on a GPU with two SMs."""
     with mock.patch.object(schedule, "SMS", 2), hopper_on_the_cpu():

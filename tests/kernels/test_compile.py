@@ -44,7 +44,10 @@ def complaints(shape: dict, kernels: dict[str, Kernel]) -> list[str]:
         "attention_delta": (0, 1),
         "attention_dq": (0, 4 if backward.roles else 2),
     }
-    assert {"attention_forward", "attention_backward_roles" if backward.roles else "attention_backward"} <= kernels.keys()
+    assert {
+        "attention_forward",
+        "attention_backward_roles" if backward.roles else "attention_backward",
+    } <= kernels.keys()
     assert kernels.keys() <= limits.keys()
     found = []
     for name, kernel in kernels.items():
