@@ -73,7 +73,8 @@ def attention_fn(
 
     Flax's own function takes what needs the weights as a matrix, in O(Sq Sk) memory: `module` (sown weights),
     `einsum_dot_general`, `qk_attn_weights_einsum`, `attn_weights_value_einsum`, and, for float32, a
-    `precision` other than the default. 16-bit and float64 operands satisfy every `precision` as they are.
+    `precision` that is neither the default nor the highest. 16-bit and float64 operands satisfy every
+    `precision` as they are.
 
     Args:
         query: [batch..., Sq, H, D], any number of batch axes. D <= 256.
@@ -87,7 +88,8 @@ def attention_fn(
         dropout_rate: probability of dropping a weight, in [0, 1).
         deterministic: True drops nothing.
         dtype: what to compute in; default the common dtype of query, key and value. The Hopper kernels take
-            bfloat16 and float16; float32 runs in blocked XLA, its products at JAX's default precision.
+            bfloat16 and float16; float32 runs in blocked XLA, its products in full precision unless
+            `jax_default_matmul_precision` is set.
         is_causal: query i sees keys j <= i. As in Flax both count from the first, also where Sq != Sk.
         promote_dtype: brings (query, key, value) to one dtype, as in nnx.
         force_fp32_for_softmax: honoured always: statistics are in float32 or wider either way.
@@ -180,9 +182,16 @@ def _why_flax(dtype, precision, module, overrides: dict) -> str | None:
         if name != "force_fp32_for_softmax":
             return f"{name}="
     # Products of 16-bit numbers are exact in float32, and float64 has but one precision.
-    if dtype == jnp.float32 and precision not in (None, "default", lax.Precision.DEFAULT):
+    if dtype == jnp.float32 and not _is_ours(precision):
         return f"precision={precision} in float32"
     return None
+
+
+def _is_ours(precision) -> bool:
+    """Whether jflash's float32 products have this precision: the highest, unless the user set another for all."""
+    if precision in (None, "default", lax.Precision.DEFAULT):
+        return True
+    return precision in ("highest", "float32", lax.Precision.HIGHEST) and not jax.config.jax_default_matmul_precision
 
 
 def _flax_attention(query, key, value, bias, mask, is_causal: bool, arguments: dict) -> jax.Array:

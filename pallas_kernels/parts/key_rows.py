@@ -149,11 +149,10 @@ def _hide(p: AttentionProblem, rows: KeyRows, step, s, interpret: _compat.Interp
         cut = cut | (rows.work.block == p.Sk // size.kv)
 
     def hide(s):
-        first = rows.work.block * size.kv + rows.offset
-        key = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=softmax.ROWS) + first
+        key = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=softmax.ROWS)
+        key = key + (rows.work.block * size.kv + rows.offset)
         here = key - (p.offset + block * size.q)  # the query at the key's own position, as a column
-        last = size.q - 1
-        high = softmax.row_values(last, 64, jnp.int32) if p.left is None else jnp.minimum(here + p.left, last)
+        high = softmax.row_values(size.q - 1, 64, jnp.int32) if p.left is None else here + p.left
         if ragged:
             high = jnp.where(key < p.Sk, high, -1)
         return masking.hide_columns(s, None if p.right is None else here - p.right, high, interpret)

@@ -107,5 +107,5 @@ def test_deterministic_and_rate_zero_drop_nothing():
 
 def test_where_flax_computes_its_own_bits_are_used():
     x = operands()
-    options = {"dropout_rng": jax.random.key(0), "dropout_rate": RATE, "precision": "highest"}
+    options = {"dropout_rng": jax.random.key(0), "dropout_rate": RATE, "precision": "high"}
     assert np.array_equal(attention_fn(**x, **options), linen.dot_product_attention(**x, **options))

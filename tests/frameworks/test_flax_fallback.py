@@ -65,14 +65,27 @@ def test_overrides_that_flax_refuses_are_refused():
         )
 
 
+def mentions_of_highest(Hk, precision) -> int:
+    jaxpr = jax.make_jaxpr(lambda x: attention_fn(**x, mask=mask, precision=precision))(operands(Hk))
+    return str(jaxpr).count("HIGHEST")
+
+
 @pytest.mark.parametrize("Hk", [H, 2])
 def test_precision_in_float32_reaches_the_products(Hk):
-    def mentions(precision):
-        jaxpr = jax.make_jaxpr(lambda x: attention_fn(**x, mask=mask, precision=precision))(operands(Hk))
-        return str(jaxpr).count("HIGHEST")
+    for precision in (None, "default", "highest", lax.Precision.HIGHEST):
+        assert mentions_of_highest(Hk, precision) >= 2
+    assert mentions_of_highest(Hk, lax.Precision.HIGH) == 0
+    with jax.default_matmul_precision("tensorfloat32"):
+        assert mentions_of_highest(Hk, None) == 0
+        assert mentions_of_highest(Hk, "highest") >= 2
 
-    assert mentions("highest") == mentions(lax.Precision.HIGHEST) >= 2
-    assert mentions(None) == mentions("default") == mentions(lax.Precision.DEFAULT) == 0
+
+def test_highest_precision_in_float32_needs_no_flax():
+    x = operands()
+    attend = make_attention_fn(softcap=3.0)
+    assert np.array_equal(attend(**x, precision="highest"), attend(**x))
+    with jax.default_matmul_precision("tensorfloat32"), pytest.raises(NotImplementedError, match="precision=highest"):
+        attend(**x, precision="highest")
 
 
 def test_precision_changes_nothing_for_16_bit_operands():

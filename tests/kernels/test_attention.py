@@ -30,7 +30,7 @@ CASES = {
     "D256_causal": (dict(Sq=256, H=1, D=256), dict(causal=True)),
     "D256_growing_scores": (dict(Sq=64, Sk=256, H=1, D=256), dict(scale=0.5)),
     "D256_ragged": (dict(Sq=150, Sk=130, H=1, D=200), dict(window=(70, 30), softcap=5.0)),
-    "D192_Dv128": (dict(Sq=128, H=1, D=192, Dv=128, sinks=True), dict(causal=True)),
+    "D192_Dv128": (dict(Sq=128, H=2, Hk=1, D=192, Dv=128, sinks=True), dict(causal=True)),
     "sinks": (dict(Sq=192, H=2, Hk=1, D=128, sinks=True), dict(causal=True)),
     "rows_without_keys": (dict(Sq=130, Sk=50, H=2, D=64, sinks=True), dict(causal=True)),
     "no_rows_see_keys": (dict(Sq=256, Sk=128, H=1, D=128), dict(causal=True)),

@@ -106,6 +106,9 @@ def test_scores():
 def test_explain():
     q, k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (Q, K))
     text = jflash.l1.explain(q, k, k, causal=True, kind="reciprocal", target="sm_90")
+    assert "hopper     backward  used" in text
+    text = jflash.l1.explain(q, k, k, center=True, target="sm_90")
+    assert "hopper     forward   no: center is not in the kernels" in text
     assert "xla        forward   used" in text
     assert "reference  backward  can, but a faster backend is used" in text
     assert jflash.l1.why_not(q, k, k, implementation="xla", direction="backward") is None
