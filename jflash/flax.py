@@ -191,7 +191,7 @@ def _is_ours(precision) -> bool:
     """Whether jflash's float32 products have this precision: the highest, unless the user set another for all."""
     if precision in (None, "default", lax.Precision.DEFAULT):
         return True
-    return precision in ("highest", "float32", lax.Precision.HIGHEST) and not jax.config.jax_default_matmul_precision
+    return precision in ("highest", "float32", lax.Precision.HIGHEST) and no_matmul_precision_is_set()
 
 
 def _flax_attention(query, key, value, bias, mask, is_causal: bool, arguments: dict) -> jax.Array:

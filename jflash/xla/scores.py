@@ -83,9 +83,12 @@ def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
     A GPU rounds float32 operands to 10 bits unless told otherwise; here only a user's own matmul precision does.
     """
-    exact = x.dtype == jnp.float32 and jax.config.jax_default_matmul_precision is None
-    precision = lax.Precision.HIGHEST if exact else None
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 and no_matmul_precision_is_set() else None
     return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def no_matmul_precision_is_set() -> bool:
+    return jax.config.jax_default_matmul_precision is None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def visible(p: AttentionProblem, t: Tile, g: Grouped, at: At, masked: bool) -> jax.Array | None:
