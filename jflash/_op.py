@@ -50,8 +50,10 @@ def _attend_fwd(problem: AttentionProblem, backend: str, arrays: AttentionArrays
 
 def _attend_bwd(problem: AttentionProblem, backend: str, residuals, cotangents):
     arrays, out, lse, wanted = residuals
+    problem = dataclasses.replace(
+        problem, bias_gradient=wanted.bias, lse_gradient=not _transforms.is_zero(cotangents[1])
+    )
     d_out, d_lse = (_transforms.materialize(ct) for ct in cotangents)
-    problem = dataclasses.replace(problem, bias_gradient=wanted.bias)
     operands = _transforms.first_order_only(backend, (arrays, out, lse, d_out, d_lse))
     backward = functools.partial(_backward, backend=backend)
     grads = fold_into_batch(backward, problem, _fold_operands)(operands)

@@ -76,9 +76,14 @@ def values(primals) -> Any:
     return jax.tree.map(lambda x: x.value, primals, is_leaf=_is_primal)
 
 
+def is_zero(cotangent) -> bool:
+    """Whether a cotangent is known to be zero before it is computed."""
+    return isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
+
+
 def materialize(cotangent) -> jax.Array:
     """Zeros in place of a symbolic zero."""
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+    if is_zero(cotangent):
         return jnp.zeros(cotangent.shape, cotangent.dtype)
     return cotangent
 

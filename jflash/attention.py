@@ -93,7 +93,7 @@ def flash_attention(
         return_lse: also return the natural log of the softmax denominator. Differentiable.
         deterministic: the backward gives the same bits every run.
         implementation: None takes the fastest backend that can do the call in both directions; a name
-            ("hopper", "xla", "reference") insists on it. See `explain`.
+            ("hopper", "cudnn", "xla", "reference") insists on it. See `explain`.
 
     Returns:
         out [B, Sq, H, Dv] in q's dtype, or (out, lse) with lse [B, H, Sq] in float32 (float64 for float64).

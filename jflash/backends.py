@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 from jax.core import Tracer
 
-from jflash import l1_reference, linear_reference, reference, xla
+from jflash import cudnn, l1_reference, linear_reference, reference, xla
 from jflash.xla import decode
 from jflash.xla import l1 as xla_l1
 from jflash.xla import linear as xla_linear
@@ -50,6 +50,7 @@ def _always(problem: Problem, direction: Direction) -> None:
 
 BACKENDS = (
     Backend("hopper", hopper.why_not, hopper.forward, hopper.backward),
+    Backend("cudnn", cudnn.why_not, cudnn.forward, cudnn.backward),
     Backend("xla", _always, xla.forward, xla.backward),
     Backend("reference", _always, reference.attention, None),
 )

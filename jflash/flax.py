@@ -20,6 +20,7 @@ from jax import lax
 
 from jflash._arguments import check_qkv
 from jflash.attention import flash_attention
+from jflash.xla.scores import no_matmul_precision_is_set
 
 __all__ = ["attention_fn", "make_attention_fn"]
 

@@ -35,6 +35,7 @@ class AttentionProblem:
     softcap: float | None = None
     bias_shape: tuple[int, int, int, int] | None = None
     bias_gradient: bool = False
+    lse_gradient: bool = True  # of a backward: lse may have a cotangent other than 0
     mask_shape: tuple[int, int, int, int] | None = None
     segments: bool = False
     key_ranges: bool = False  # each query brings its own keys, so left and right are None

@@ -75,6 +75,7 @@ def test_the_others_take_everything(name, feature):
 
 
 CAN, USED = "can, but a faster backend is used", "used"
+CUDNN = "no: cudnn is in jflash, but not yet proven on a GPU"
 
 
 def table(**verdicts: tuple[str, str]) -> str:
@@ -114,14 +115,18 @@ def test_the_first_that_can_do_both_directions_is_used(first, chosen, verdicts):
 
 def test_explain_where_hopper_is_used():
     found = explain(*qkv(), target="sm_90", causal=True)
-    assert found == table(hopper=(USED, USED), xla=(CAN, CAN), reference=(CAN, CAN))
+    assert found == table(hopper=(USED, USED), cudnn=(CUDNN, CUDNN), xla=(CAN, CAN), reference=(CAN, CAN))
 
 
 def test_explain_here():
     """Without a target it is where the arrays are; the options may be those of the call."""
-    no = "no: target=cpu must be sm_90, an NVIDIA Hopper GPU"
+    no, no_gpu = (
+        "no: target=cpu must be sm_90, an NVIDIA Hopper GPU",
+        "no: target=cpu must be an NVIDIA GPU, sm_80 or newer",
+    )
     x = jnp.ones((B, S, H, 64))
-    assert explain(x, x, x, return_lse=True) == table(hopper=(no, no), xla=(USED, USED), reference=(CAN, CAN))
+    others = {"cudnn": (no_gpu, no_gpu), "xla": (USED, USED), "reference": (CAN, CAN)}
+    assert explain(x, x, x, return_lse=True) == table(hopper=(no, no), **others)
     assert why_not(x, x, x, implementation="hopper", return_lse=True) == no.removeprefix("no: ")
 
 
@@ -157,7 +162,10 @@ def test_none_is_xla_here():
 @pytest.mark.parametrize(
     ("message", "options"),
     [
-        ("implementation='cuda' must be None or one of 'hopper', 'xla', 'reference'", {"implementation": "cuda"}),
+        (
+            "implementation='cuda' must be None or one of 'hopper', 'cudnn', 'xla', 'reference'",
+            {"implementation": "cuda"},
+        ),
         ("direction='both' must be one of ('forward', 'backward')", {"direction": "both"}),
         ("softcap=-1.0 must be > 0, or None for no cap", {"softcap": -1}),
     ],

@@ -52,7 +52,7 @@ VALUES = {
     "dropout_rate=-0.1 must be in [0, 1)": {"dropout_rate": -0.1, "dropout_key": KEY},
     "dropout_rate=nan must be finite": {"dropout_rate": float("nan"), "dropout_key": KEY},
     "dropout_rate=0.1 needs dropout_key": {"dropout_rate": 0.1},
-    "implementation='cuda' must be None or one of 'hopper', 'xla', 'reference'": {"implementation": "cuda"},
+    "implementation='cuda' must be None or one of 'hopper', 'cudnn', 'xla', 'reference'": {"implementation": "cuda"},
 }
 TYPES = {
     "q must be a jax or numpy array, got builtins.list": {"q": [[1.0]]},
