@@ -1,0 +1,60 @@
+"""One table: head dim and bytes of a mask's element -> tiles of masked linear attention. Not measured yet."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pallas_kernels.tiles import BackwardTile
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedForward:
+    """64 query rows for each of `warpgroups`, of up to `together` heads that share a mask; block_kv keys a step."""
+
+    together: int = 1
+    block_kv: int = 128
+    warpgroups: int = 2
+    stages: int = 2
+    mask_stages: int = 2
+    registers: int = 240  # of a consumer
+    producer_registers: int = 24
+    turns: bool = True  # consumers take turns at the tensor cores
+    spill_bytes: int = 0  # what ptxas may spill; the compile test fails above it
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.warpgroups
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedBackward(BackwardTile):
+    """The tile of a fused backward, and how many tiles of the mask are loaded ahead."""
+
+    mask_stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskGradientTile:
+    """128 x 128 of the mask's gradient a CTA; `stages` pairs of factors are loaded ahead."""
+
+    stages: int = 3
+    registers: int = 240
+    producer_registers: int = 24
+    spill_bytes: int = 0
+
+
+FORWARD = {
+    (64, 2): MaskedForward(together=2),
+    (64, 4): MaskedForward(together=2, mask_stages=1),
+    (128, 2): MaskedForward(),
+    (128, 4): MaskedForward(mask_stages=1),
+}
+
+BACKWARD = {
+    (64, 2): MaskedBackward(block_q=128, split_rows=True, mask_stages=1),
+    (64, 4): MaskedBackward(block_q=128, split_rows=True, ds_stages=1, mask_stages=1),
+    (128, 2): MaskedBackward(block_q=64),
+    (128, 4): MaskedBackward(block_q=64, mask_stages=1),
+}
+
+GRADIENT = {64: MaskGradientTile(stages=6), 128: MaskGradientTile()}
