@@ -18,6 +18,7 @@ class L1ForwardTile:
     stages: int = 2
     registers: int = 240  # of a consumer
     producer_registers: int = 24
+    crossed: bool = False  # the features of q, see `swizzled_rows.crossed`
     spill_bytes: int = 0  # none of it inside the loops over features
 
     @property
@@ -27,13 +28,15 @@ class L1ForwardTile:
 
 @dataclasses.dataclass(frozen=True)
 class L1BackwardTile:
-    """64 rows that stay for each of `warpgroups`, `block` rows that pass by a step."""
+    """64 rows that stay for each of `warpgroups`, `block` rows that pass by a step, loaded `stages` steps ahead."""
 
     warpgroups: int = 2
     block: int = 64
     stages: int = 1
     registers: int = 240  # of a consumer
     producer_registers: int = 24
+    crossed: bool = False  # the features of the rows that stay, see `swizzled_rows.crossed`
+    packed: bool = False  # bfloat16 two at a time, see `l1_maxima` and `l1_signs`, else all in float32
     spill_bytes: int = 0  # none of it inside the loops over features
 
     @property
@@ -41,24 +44,35 @@ class L1BackwardTile:
         return 64 * self.warpgroups
 
 
-# ms on an H100 80GB HBM3, 2026-11-22: head dim 64 with B1 H16 S4096, 128 with B1 H8 S2048.
+# Fields that are False in every tile until a GPU has run kernels with them.
+UNPROVEN = frozenset({"crossed", "packed"})
+
+# ms on an H100 80GB HBM3, 2026-11-22: head dim 64 with B1 H16 S4096, 128 with B1 H8 S2048. None of them is crossed.
 FORWARD = {
-    64: L1ForwardTile(block_kv=64, halves=2, stages=1),  # float32 1.72; two stages 1.76, block_kv=128 1.78
-    128: L1ForwardTile(block_kv=64, stages=1, spill_bytes=160),  # float32 0.51; one warpgroup 1.26
+    64: L1ForwardTile(64, halves=2, stages=1, crossed=True),  # float32 1.72; two stages 1.76, block_kv=128 1.78
+    128: L1ForwardTile(64, stages=1, crossed=True, spill_bytes=160),  # float32 0.51; one warpgroup 1.26
 }
 PACKED_FORWARD = {
-    64: L1ForwardTile(block_kv=64, halves=2, stages=3),  # bfloat16 1.16; two stages 1.23, block_kv=128 1.24
-    128: L1ForwardTile(block_kv=128, stages=1),  # bfloat16 0.34; block_kv=64 0.35
+    64: L1ForwardTile(64, halves=2, stages=3, crossed=True),  # bfloat16 1.16; two stages 1.23, block_kv=128 1.24
+    128: L1ForwardTile(128, stages=1, crossed=True),  # bfloat16 0.34; block_kv=64 0.35
 }
 
 # dQ, then dK and dV.
 FLOAT32_BACKWARD = {
-    64: L1BackwardTile(stages=2, spill_bytes=16),  # 3.87 + 4.50; one stage 4.15 + 4.71, one warpgroup 4.40 + 4.87
-    128: L1BackwardTile(warpgroups=1, spill_bytes=1400),  # 1.27 + 2.55; more does not fit the shared memory
+    # 3.87 + 4.50; one stage 4.15 + 4.71, one warpgroup 4.40 + 4.87
+    64: L1BackwardTile(stages=2, crossed=True, spill_bytes=16),
+    # 1.27 + 2.55; more does not fit the shared memory
+    128: L1BackwardTile(warpgroups=1, crossed=True, spill_bytes=1400),
 }
 BACKWARD = {
-    64: L1BackwardTile(spill_bytes=16),  # 3.84 + 4.04; two stages 3.92 + 4.20, one warpgroup 4.40 + 4.44
-    128: L1BackwardTile(spill_bytes=720),  # 0.95 + 1.27; one warpgroup 1.05 + 1.78
+    # 3.84 + 4.04; two stages 3.92 + 4.20, one warpgroup 4.40 + 4.44
+    64: L1BackwardTile(crossed=True, spill_bytes=16),
+    # 0.95 + 1.27; one warpgroup 1.05 + 1.78
+    128: L1BackwardTile(crossed=True, spill_bytes=720),
+}
+PACKED_BACKWARD = {  # not measured yet
+    64: L1BackwardTile(packed=True, crossed=True),
+    128: L1BackwardTile(packed=True, crossed=True, spill_bytes=640),
 }
 
 
@@ -68,12 +82,19 @@ def packed(p: L1Problem) -> bool:
 
 
 def forward_tile(p: L1Problem) -> L1ForwardTile:
-    return (PACKED_FORWARD if packed(p) else FORWARD)[max(padded(p.D), padded(p.Dv))]
+    return _proven((PACKED_FORWARD if packed(p) else FORWARD)[max(padded(p.D), padded(p.Dv))])
 
 
 def backward_tile(p: L1Problem) -> L1BackwardTile:
     tiles = FLOAT32_BACKWARD if p.dtype == "float32" else BACKWARD
-    return tiles[max(padded(p.D), padded(p.Dv))]
+    if packed(p) and p.dtype == "bfloat16" and "packed" not in UNPROVEN:
+        tiles = PACKED_BACKWARD
+    return _proven(tiles[max(padded(p.D), padded(p.Dv))])
+
+
+def _proven(tile):
+    fields = {field.name for field in dataclasses.fields(tile)}
+    return dataclasses.replace(tile, **dict.fromkeys(fields & UNPROVEN, False))
 
 
 def parts(p: L1Problem) -> int:

@@ -26,17 +26,14 @@ from pallas_kernels.l1_tiles import L1BackwardTile
 from pallas_kernels.parts import (
     barriers,
     key_rows,
-    l1_distances,
-    l1_gradients,
     l1_scores,
     masking,
-    softmax,
     split,
     tma,
 )
 from pallas_kernels.parts.key_rows import Block, KeyRows, Walk, over_rows
+from pallas_kernels.parts.l1_rows import Rows, Sums
 from pallas_kernels.parts.schedule import Schedule, Work
-from pallas_kernels.parts.swizzled_rows import RowsType
 from pallas_kernels.problem import AttentionArrays, L1Problem
 
 WGMMA = plgpu.Layout.WGMMA
@@ -60,12 +57,9 @@ class Plan:
         return Block(self.tile.rows, self.tile.block)
 
     @property
-    def k(self) -> RowsType:
-        return RowsType(self.tile.warpgroups, 64, self.problem.D)
-
-    @property
-    def q(self) -> RowsType:
-        return RowsType(self.tile.stages, self.tile.block, self.problem.D)
+    def rows(self) -> Rows:
+        """Keys stay, queries pass by."""
+        return Rows(self.problem.D, self.tile, self.interpret)
 
     @property
     def v(self) -> tma.TileType:
@@ -84,24 +78,32 @@ class Plan:
 class Refs(NamedTuple):
     """What a kernel sees; a feature that was not asked for is None."""
 
-    q_gmem: Any
-    k_gmem: Any
+    still_gmem: Any  # these are of l1_rows
+    passing_gmem: Any
     v_gmem: Any
     do_gmem: Any
     lse_gmem: Any
     delta_gmem: Any
     dk_gmem: Any
     dv_gmem: Any
-    q_smem: Any
+    still_smem: Any
+    passing_smem: Any
+    ds_smem: Any
     do_smem: Any
-    k_smem: Any
     v_smem: Any
     lse_smem: Any
     delta_smem: Any
-    ds_smem: Any
     kv_full: Any
     q_full: Any
     q_empty: Any
+    still_signs_gmem: Any = None
+    still_sums_gmem: Any = None
+    passing_signs_gmem: Any = None
+    passing_sums_gmem: Any = None
+    still_signs_smem: Any = None
+    still_sums_smem: Any = None
+    passing_signs_smem: Any = None
+    passing_sums_smem: Any = None
     slopes_gmem: Any = None
     q_ids_gmem: Any = None
     kv_ids_gmem: Any = None
@@ -126,12 +128,13 @@ def l1_backward_k(
     """dK and dV in float32 [B, Sk, Hk, D] and [B, Sk, Hk, Dv]; lse2 and delta as `l1_backward_q` takes them."""
     t = tile or l1_tiles.backward_tile(p)
     plan = Plan(p, t, make_schedule(p, t.rows, p.Sk, p.Hk), interpret)
-    q, k = plan.q.fit(a.q, t.block), plan.k.fit(a.k, t.rows)
+    rows = plan.rows.inputs(a.k, a.q)
     d_out, v = (split.in_memory(x, plan.parts) for x in (d_out, a.v))
     d_out, v = tma.fit(d_out, t.block), tma.fit(v, t.rows)
     tail = ((0, 0), (0, 0), (0, -p.Sq % t.block))
     inputs = {
-        **{"q_gmem": q, "k_gmem": k, "v_gmem": v, "do_gmem": d_out},
+        **rows,
+        **{"v_gmem": v, "do_gmem": d_out},
         "lse_gmem": jnp.pad(lse2, tail, constant_values=jnp.inf),
         "delta_gmem": jnp.pad(delta, tail),
         **key_rows.inputs(p, a, plan.block),
@@ -140,7 +143,7 @@ def l1_backward_k(
         functools.partial(_kernel, plan, (*inputs, "dk_gmem", "dv_gmem")),
         name="l1_backward_k",
         out_type=(
-            jax.ShapeDtypeStruct(k.shape, jnp.float32),
+            plan.rows.out_type(rows),
             jax.ShapeDtypeStruct((p.B, *v.shape[1:]), jnp.float32),
         ),
         scratch=_scratch(plan),
@@ -156,17 +159,15 @@ def l1_backward_k(
 def _scratch(plan: Plan) -> dict[str, Any]:
     p, t = plan.problem, plan.tile
     with_q, with_k = key_rows.copies(p)
-    of_keys = t.warpgroups * (plan.k.chunks + plan.parts * plan.v.chunks) + with_k
-    of_queries = plan.q.chunks + plan.parts * plan.do.chunks + 2 + with_q
-    ds_shape = (t.warpgroups, *l1_gradients.memory_shape(t.block))
+    still, passing = plan.rows.copies()
+    of_keys = t.warpgroups * (still + plan.parts * plan.v.chunks) + with_k
+    of_queries = passing + plan.parts * plan.do.chunks + 2 + with_q
     return {
-        "k_smem": plan.k.scratch,
+        **plan.rows.scratch(),
         "v_smem": plan.v.scratch,
-        "q_smem": plan.q.scratch,
         "do_smem": plan.do.scratch,
         "lse_smem": plgpu.SMEM((t.stages, t.block), jnp.float32),
         "delta_smem": plgpu.SMEM((t.stages, t.block), jnp.float32),
-        "ds_smem": plgpu.SMEM(ds_shape, jnp.float32),
         **key_rows.scratch(p, t.stages, plan.block),
         "kv_full": plgpu.Barrier(num_arrivals=of_keys),
         "q_full": plgpu.Barrier(num_arrivals=of_queries, num_barriers=t.stages),
@@ -194,7 +195,7 @@ def _load(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
     p, t = plan.problem, plan.tile
     for w in range(t.warpgroups):
         row = work.block * t.rows + w * 64
-        plan.k.load(refs.k_smem, refs.k_gmem, work.b, row, work.h, w, refs.kv_full)
+        plan.rows.load_still(refs, work.b, row, work.h, w, refs.kv_full)
         for n in range(plan.parts):
             refs.v_smem.load(refs.v_gmem, n * p.B + work.b, row, work.h, w * plan.parts + n, refs.kv_full)
     key_rows.load_keys(refs, work.b, work.block * t.rows, refs.kv_full, plan.block)
@@ -204,7 +205,7 @@ def _load(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
         head, block = walk.at(step)
         row, full = block * t.block, refs.q_full.at[slot]
         pl.when(step >= t.stages)(lambda: plgpu.barrier_wait(refs.q_empty.at[slot]))
-        plan.q.load(refs.q_smem, refs.q_gmem, work.b, row, head, slot, full)
+        plan.rows.load_passing(refs, work.b, row, head, slot, full)
         for n in range(plan.parts):
             refs.do_smem.load(refs.do_gmem, n * p.B + work.b, row, head, slot * plan.parts + n, full)
         for source, target in ((refs.lse_gmem, refs.lse_smem), (refs.delta_gmem, refs.delta_smem)):
@@ -214,9 +215,8 @@ def _load(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
     lax.fori_loop(0, walk.steps, load_block, None)
 
 
-class Sums(NamedTuple):
-    dk: jax.Array  # see l1_gradients
-    ds: jax.Array  # [64], sum_i of what dk sums
+class Carry(NamedTuple):
+    dk: Sums
     dv: jax.Array  # [64, Dv]
 
 
@@ -225,26 +225,27 @@ def _consumer(plan: Plan, refs: Refs, work: Work, walk: Walk, wg) -> None:
     plgpu.set_max_registers(t.registers, action="increase")
     plgpu.barrier_wait(refs.kv_full)
     dv = plgpu.layout_cast(jnp.zeros((64, tiles.padded(p.Dv)), jnp.float32), WGMMA)
-    start = Sums(l1_gradients.start(refs.k_smem), softmax.row_values(0.0, 64), dv)
-    sums = lax.fori_loop(0, walk.steps, functools.partial(_step, plan, refs, work, walk, wg), start)
+    step = functools.partial(_step, plan, refs, work, walk, wg)
+    carry = lax.fori_loop(0, walk.steps, step, Carry(plan.rows.start(), dv))
     plgpu.commit_smem()
-    l1_gradients.finish(sums.dk, sums.ds, -p.scale, refs.ds_smem.at[wg], refs.k_smem, wg, plan.interpret)
+    plan.rows.finish(refs, carry.dk, -p.scale, wg)
     plgpu.commit_smem()
     row = work.block * t.rows + wg * 64
-    plan.k.store(refs.k_smem, refs.dk_gmem, work.b, row, work.h, wg)
-    width = plan.k.chunks * plan.k.chunk
-    for first in range(0, sums.dv.shape[1], width):  # dV leaves through the memory of K
-        dv = sums.dv[:, first : first + width]
+    out, smem = plan.rows.out, plan.rows.out_smem(refs)
+    out.store(smem, refs.dk_gmem, work.b, row, work.h, wg)
+    width = out.chunks * out.chunk
+    for first in range(0, carry.dv.shape[1], width):  # dV leaves through the same memory
+        dv = carry.dv[:, first : first + width]
         plgpu.wait_smem_to_gmem(0)
         plgpu.commit_smem()
-        plan.k.write(refs.k_smem, wg, dv, plan.interpret)
+        out.write(smem, wg, dv, plan.interpret)
         plgpu.commit_smem()
-        chunks = dv.shape[1] // plan.k.chunk
-        plan.k.store(refs.k_smem, refs.dv_gmem, work.b, row, work.h, wg, column=first, chunks=chunks)
+        chunks = dv.shape[1] // out.chunk
+        out.store(smem, refs.dv_gmem, work.b, row, work.h, wg, column=first, chunks=chunks)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _step(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, sums: Sums) -> Sums:
+def _step(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, carry: Carry) -> Carry:
     """Adds what a block of queries gives."""
     t = plan.tile
     slot = lax.rem(step, t.stages)
@@ -258,11 +259,11 @@ def _step(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, sums: Sums) 
             tma.product(acc, weights[m], refs.do_smem, slot * plan.parts + n)
         return acc[...]
 
-    dv = sums.dv + pl.run_scoped(product, plgpu.ACC(sums.dv.shape, jnp.float32))
-    dk = l1_gradients.add(sums.dk, ds, refs.ds_smem.at[wg], refs.k_smem, wg, refs.q_smem, slot, plan.interpret)
+    dv = carry.dv + pl.run_scoped(product, plgpu.ACC(carry.dv.shape, jnp.float32))
+    dk = plan.rows.add(refs, carry.dk, ds, wg, slot)
     barriers.fence(plan.interpret)
     plgpu.barrier_arrive(refs.q_empty.at[slot])
-    return Sums(dk, sums.ds + ds.sum(axis=1), dv)
+    return Carry(dk, dv)
 
 
 def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, dp_acc) -> tuple[jax.Array, jax.Array]:
@@ -270,7 +271,7 @@ def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, dp_
     for m, n in split.products(plan.parts):
         left, right = wg * plan.parts + m, slot * plan.parts + n
         tma.transposed_product(dp_acc, refs.v_smem, left, refs.do_smem, right)
-    (negative,) = l1_distances.negative_distances(refs.k_smem, wg, 1, refs.q_smem, slot, plan.interpret)
+    negative = plan.rows.negative_distances(refs, wg, slot)
     s, unit, slope = l1_scores.of_distances(plan.problem, negative)
     rows = KeyRows(work, walk, plan.block, wg * 64)
     s, factor, _ = key_rows.scored(unit, refs, rows, step, slot, s, plan.interpret)

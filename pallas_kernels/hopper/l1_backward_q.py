@@ -23,8 +23,6 @@ from pallas_kernels import _compat, l1_tiles, tiles
 from pallas_kernels.l1_tiles import L1BackwardTile
 from pallas_kernels.parts import (
     barriers,
-    l1_distances,
-    l1_gradients,
     l1_scores,
     query_rows,
     schedule,
@@ -32,9 +30,9 @@ from pallas_kernels.parts import (
     split,
     tma,
 )
+from pallas_kernels.parts.l1_rows import Rows, Sums
 from pallas_kernels.parts.query_rows import QueryRows
 from pallas_kernels.parts.schedule import Schedule, Work
-from pallas_kernels.parts.swizzled_rows import RowsType
 from pallas_kernels.problem import AttentionArrays, L1Problem
 
 
@@ -52,12 +50,9 @@ class Plan:
         return l1_tiles.parts(self.problem)
 
     @property
-    def q(self) -> RowsType:
-        return RowsType(self.tile.warpgroups, 64, self.problem.D)
-
-    @property
-    def k(self) -> RowsType:
-        return RowsType(self.tile.stages, self.tile.block, self.problem.D)
+    def rows(self) -> Rows:
+        """Queries stay, keys pass by."""
+        return Rows(self.problem.D, self.tile, self.interpret)
 
     @property
     def do(self) -> tma.TileType:
@@ -76,22 +71,30 @@ class Plan:
 class Refs(NamedTuple):
     """What a kernel sees; a feature that was not asked for is None."""
 
-    q_gmem: Any
-    k_gmem: Any
+    still_gmem: Any  # these are of l1_rows
+    passing_gmem: Any
     v_gmem: Any
     do_gmem: Any
     lse_gmem: Any
     delta_gmem: Any
     dq_gmem: Any
-    q_smem: Any
+    still_smem: Any
+    passing_smem: Any
+    ds_smem: Any
     do_smem: Any
-    k_smem: Any
     v_smem: Any
     statistics_smem: Any  # lse2 and delta of each consumer's rows
-    ds_smem: Any
     q_full: Any
     kv_full: Any
     kv_empty: Any
+    still_signs_gmem: Any = None
+    still_sums_gmem: Any = None
+    passing_signs_gmem: Any = None
+    passing_sums_gmem: Any = None
+    still_signs_smem: Any = None
+    still_sums_smem: Any = None
+    passing_signs_smem: Any = None
+    passing_sums_smem: Any = None
     slopes_gmem: Any = None
     q_ids_gmem: Any = None
     kv_ids_gmem: Any = None
@@ -118,11 +121,12 @@ def l1_backward_q(
     """
     t = tile or l1_tiles.backward_tile(p)
     plan = Plan(p, t, make_schedule(p, t.rows, p.Sq, p.H), interpret)
-    q, k = plan.q.fit(a.q, t.rows), plan.k.fit(a.k, t.block)
+    rows = plan.rows.inputs(a.q, a.k)
     d_out, v = (split.in_memory(x, plan.parts) for x in (d_out, a.v))
     tail = ((0, 0), (0, 0), (0, plan.schedule.blocks * t.rows - p.Sq))
     inputs = {
-        **{"q_gmem": q, "k_gmem": k, "v_gmem": tma.fit(v, t.block), "do_gmem": tma.fit(d_out, t.rows)},
+        **rows,
+        **{"v_gmem": tma.fit(v, t.block), "do_gmem": tma.fit(d_out, t.rows)},
         "lse_gmem": jnp.pad(lse2, tail, constant_values=jnp.inf),
         "delta_gmem": jnp.pad(delta, tail),
         **query_rows.inputs(p, a, t.rows, t.block),
@@ -130,7 +134,7 @@ def l1_backward_q(
     kernel = _compat.kernel(
         functools.partial(_kernel, plan, (*inputs, "dq_gmem")),
         name="l1_backward_q",
-        out_type=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        out_type=plan.rows.out_type(rows),
         scratch=_scratch(plan),
         grid=(plan.schedule.ctas,),
         grid_names=("cta",),
@@ -150,15 +154,14 @@ def make_schedule(p: L1Problem, rows: int, length: int, heads: int) -> Schedule:
 def _scratch(plan: Plan) -> dict[str, Any]:
     p, t = plan.problem, plan.tile
     with_q, with_k = query_rows.copies(p)
-    of_rows = plan.q.chunks + plan.parts * plan.do.chunks + 2 + with_q
-    of_keys = plan.k.chunks + plan.parts * plan.v.chunks + with_k
+    still, passing = plan.rows.copies()
+    of_rows = still + plan.parts * plan.do.chunks + 2 + with_q
+    of_keys = passing + plan.parts * plan.v.chunks + with_k
     return {
-        "q_smem": plan.q.scratch,
+        **plan.rows.scratch(),
         "do_smem": plan.do.scratch,
-        "k_smem": plan.k.scratch,
         "v_smem": plan.v.scratch,
         "statistics_smem": plgpu.SMEM((t.warpgroups, 2, 64), jnp.float32),
-        "ds_smem": plgpu.SMEM((t.warpgroups, *l1_gradients.memory_shape(t.block)), jnp.float32),
         **query_rows.scratch(p, t.warpgroups, t.stages, t.block),
         "q_full": plgpu.Barrier(num_arrivals=t.warpgroups * of_rows),
         "kv_full": plgpu.Barrier(num_arrivals=of_keys, num_barriers=t.stages),
@@ -186,7 +189,7 @@ def _load(plan: Plan, refs: Refs, work: Work, keys) -> None:
     p, t = plan.problem, plan.tile
     for w in range(t.warpgroups):
         row = work.block * t.rows + w * 64
-        plan.q.load(refs.q_smem, refs.q_gmem, work.b, row, work.h, w, refs.q_full)
+        plan.rows.load_still(refs, work.b, row, work.h, w, refs.q_full)
         for n in range(plan.parts):
             refs.do_smem.load(refs.do_gmem, n * p.B + work.b, row, work.h, w * plan.parts + n, refs.q_full)
         for n, source in enumerate((refs.lse_gmem, refs.delta_gmem)):
@@ -199,17 +202,12 @@ def _load(plan: Plan, refs: Refs, work: Work, keys) -> None:
         slot = lax.rem(step, t.stages)
         row, full = (keys.lo + step) * t.block, refs.kv_full.at[slot]
         pl.when(step >= t.stages)(lambda: plgpu.barrier_wait(refs.kv_empty.at[slot]))
-        plan.k.load(refs.k_smem, refs.k_gmem, work.b, row, kv_head, slot, full)
+        plan.rows.load_passing(refs, work.b, row, kv_head, slot, full)
         for n in range(plan.parts):
             refs.v_smem.load(refs.v_gmem, n * p.B + work.b, row, kv_head, slot * plan.parts + n, full)
         query_rows.load_keys(refs, work.b, row, slot, full)
 
     lax.fori_loop(0, keys.hi - keys.lo, load_block, None)
-
-
-class Sums(NamedTuple):
-    dq: jax.Array  # see l1_gradients
-    ds: jax.Array  # [64], sum_j of what dq sums
 
 
 def _consumer(plan: Plan, refs: Refs, work: Work, keys, wg) -> None:
@@ -219,12 +217,11 @@ def _consumer(plan: Plan, refs: Refs, work: Work, keys, wg) -> None:
     rows = query_rows.read(refs, work, wg, row, keys)
     statistics = [_compat.load(refs.statistics_smem.at[wg, n], softmax.ROWS) for n in range(2)]
     step = functools.partial(_step, plan, refs, rows, wg, *statistics)
-    start = Sums(l1_gradients.start(refs.q_smem), softmax.row_values(0.0, 64))
-    sums = lax.fori_loop(0, keys.hi - keys.lo, step, start)
+    sums = lax.fori_loop(0, keys.hi - keys.lo, step, plan.rows.start())
     plgpu.commit_smem()
-    l1_gradients.finish(sums.dq, sums.ds, -plan.problem.scale, refs.ds_smem.at[wg], refs.q_smem, wg, plan.interpret)
+    plan.rows.finish(refs, sums, -plan.problem.scale, wg)
     plgpu.commit_smem()
-    plan.q.store(refs.q_smem, refs.dq_gmem, work.b, row, work.h, wg)
+    plan.rows.out.store(plan.rows.out_smem(refs), refs.dq_gmem, work.b, row, work.h, wg)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -234,10 +231,10 @@ def _step(plan: Plan, refs: Refs, rows: QueryRows, wg, lse2, delta, step, sums: 
     plgpu.barrier_wait(refs.kv_full.at[slot])
     form = functools.partial(_ds, plan, refs, rows, wg, lse2, delta, step, slot)
     ds = pl.run_scoped(form, plgpu.ACC((64, plan.tile.block), jnp.float32))
-    dq = l1_gradients.add(sums.dq, ds, refs.ds_smem.at[wg], refs.q_smem, wg, refs.k_smem, slot, plan.interpret)
+    sums = plan.rows.add(refs, sums, ds, wg, slot)
     barriers.fence(plan.interpret)
     plgpu.barrier_arrive(refs.kv_empty.at[slot])
-    return Sums(dq, sums.ds + ds.sum(axis=1))
+    return sums
 
 
 def _ds(plan: Plan, refs: Refs, rows: QueryRows, wg, lse2, delta, step, slot, dp_acc) -> jax.Array:
@@ -245,7 +242,7 @@ def _ds(plan: Plan, refs: Refs, rows: QueryRows, wg, lse2, delta, step, slot, dp
     for m, n in split.products(plan.parts):
         left, right = wg * plan.parts + m, slot * plan.parts + n
         tma.transposed_product(dp_acc, refs.do_smem, left, refs.v_smem, right)
-    (negative,) = l1_distances.negative_distances(refs.q_smem, wg, 1, refs.k_smem, slot, plan.interpret)
+    negative = plan.rows.negative_distances(refs, wg, slot)
     ids = query_rows.key_ids(refs, slot)
     s, unit, slope = l1_scores.of_distances(plan.problem, negative)
     s, factor, _ = query_rows.scored(unit, rows, rows.keys.lo + step, s, ids, plan.interpret)

@@ -36,9 +36,9 @@ from pallas_kernels.parts import (
     schedule,
     softmax,
     split,
+    swizzled_rows,
     tma,
 )
-from pallas_kernels.parts.key_rows import over_rows
 from pallas_kernels.parts.query_rows import QueryRows
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Schedule, Work
@@ -142,8 +142,10 @@ def l1_forward(
         **query_rows.inputs(p, a, t.rows, t.block_kv),
     }
     if plan.packed:
-        inputs["q_sums_gmem"] = _sums(a.q, plan.schedule.blocks * t.rows)
-        inputs["k_sums_gmem"] = _sums(a.k, -(-p.Sk // t.block_kv) * t.block_kv)
+        inputs["q_sums_gmem"] = l1_maxima.row_sums(a.q, plan.schedule.blocks * t.rows)
+        inputs["k_sums_gmem"] = l1_maxima.row_sums(a.k, -(-p.Sk // t.block_kv) * t.block_kv)
+    if t.crossed:
+        inputs["q_gmem"] = swizzled_rows.crossed(inputs["q_gmem"], 4 // plan.q.dtype.itemsize)
     if a.sinks is not None:
         inputs["sinks_gmem"] = a.sinks.astype(jnp.float32) * softmax.LOG2E
     columns = tma.fitted(p.Dv)
@@ -162,12 +164,6 @@ def l1_forward(
     )
     out, lse = kernel(*inputs.values())
     return out[:, : p.Sq, :, : p.Dv], lse[:, :, : p.Sq]
-
-
-def _sums(x: jax.Array, length: int) -> jax.Array:
-    """The sum of the features of each row of x [B, S, H, D], float32 [B, H, length]."""
-    total = jnp.swapaxes(x.astype(jnp.float32).sum(axis=-1), 1, 2)
-    return jnp.pad(total, ((0, 0), (0, 0), (0, length - x.shape[1])))
 
 
 def make_plan(p: L1Problem, tile: L1ForwardTile, interpret: _compat.Interpret = None) -> Plan:
@@ -300,16 +296,13 @@ def _step(plan: Plan, refs: Refs, first, rows: list[QueryRows], step, carry: lis
 def _negative_distances(plan: Plan, refs: Refs, first, slot) -> list[jax.Array]:
     """-d of the rows of tiles first, first + 1, ... of a consumer and a block of keys, each [64, block_kv]."""
     count = plan.tile.halves
-    operands = (refs.q_smem, first, count, refs.k_smem, slot, plan.interpret)
+    operands = (refs.q_smem, first, count, refs.k_smem, slot, plan.interpret, plan.tile.crossed)
     if not plan.packed:
         return l1_distances.negative_distances(*operands)
     maxima = l1_maxima.sums_of_maxima(*operands)
     k_sums = _compat.load(refs.k_sums_smem.at[slot], masking.COLUMNS)
-    found = []
-    for n, m in enumerate(maxima):
-        q_sums = _compat.load(refs.q_sums_smem.at[first + n], softmax.ROWS)
-        found.append(softmax.over_columns(q_sums, m.shape) + over_rows(k_sums, m.shape) - 2.0 * m)
-    return found
+    q_sums = [_compat.load(refs.q_sums_smem.at[first + n], softmax.ROWS) for n in range(count)]
+    return [l1_maxima.negative_distances(m, x, k_sums) for m, x in zip(maxima, q_sums, strict=True)]
 
 
 def _take(plan: Plan, refs: Refs, slot, block, ids, rows: QueryRows, negative, carry: Carry) -> Carry:

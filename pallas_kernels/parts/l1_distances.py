@@ -24,23 +24,29 @@ from pallas_kernels.parts.swizzled_rows import TRANSFORMS, UNITS, over
 from pallas_kernels.parts.wgmma_layout import integer
 
 
-def negative_distances(x_ref, first, count: int, y_ref, n, interpret: Interpret) -> list[jax.Array]:
+def negative_distances(
+    x_ref, first, count: int, y_ref, n, interpret: Interpret, is_crossed: bool = False
+) -> list[jax.Array]:
     """-sum_w |x_iw - y_jw| for the rows i of tiles first, first + 1, ... of x, and j of tile n of y.
 
-    x has tiles of 64 rows, float32, see `swizzled_rows`. Returns `count` arrays float32 [64, rows of y].
+    x has tiles of 64 rows, float32, see `swizzled_rows`, maybe `crossed`. Returns `count` arrays float32
+    [64, rows of y].
     """
     columns = y_ref.shape[2]
     if interpret is not None:
         x, y = swizzled_rows.values(x_ref, first, count), swizzled_rows.values(y_ref, n, 1)
+        x = swizzled_rows.crossed(x) if is_crossed else x
         d = -jnp.abs(x[:, None] - y[None]).sum(axis=-1)
         return [d[64 * m : 64 * (m + 1)] for m in range(count)]
     tile = plgpu.ShapeDtypeStruct((64, columns), jnp.float32, plgpu.Layout.WGMMA)
     rows = plgpu.RefType(TRANSFORMS)
     call = plgpu.inline_mgpu(arg_types=(rows,) * (count + 1), return_type=[tile] * count)
-    return call(functools.partial(_distances, columns))(y_ref.at[n], *(x_ref.at[first + m] for m in range(count)))
+    return call(functools.partial(_distances, columns, is_crossed))(
+        y_ref.at[n], *(x_ref.at[first + m] for m in range(count))
+    )
 
 
-def _distances(columns: int, _, y_ref, *x_refs):
+def _distances(columns: int, is_crossed: bool, _, y_ref, *x_refs):
     """A loop over reads of four features; the sums of a thread go round with it."""
     warp, lane = swizzled_rows.thread()
     row = arith.addi(arith.muli(warp, integer(16)), over(lane, 4))
@@ -52,7 +58,10 @@ def _distances(columns: int, _, y_ref, *x_refs):
     def done(n, sums):
         place = over(n, UNITS), arith.remui(n, integer(UNITS))
         starts = [_pointer(x, row, place) for x in x_refs]
-        near = [[swizzled_rows.read(swizzled_rows.below(start, 8 * r)) for r in range(2)] for start in starts]
+        near = [
+            [swizzled_rows.read(swizzled_rows.below(start, 8 * r), None, is_crossed) for r in range(2)]
+            for start in starts
+        ]
         ends = [_pointer(y_ref, arith.addi(column, integer(e)), place) for e in range(2)]
         for j in range(columns // 8):
             for e in range(2):

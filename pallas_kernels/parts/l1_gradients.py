@@ -12,6 +12,8 @@ from __future__ import annotations
 
 # inline_mgpu supplies the first argument of what it decorates.
 # pyright: reportCallIssue=false
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
@@ -37,19 +39,21 @@ def memory_shape(columns: int) -> tuple[int, int]:
     return columns * _STRIDE // 64, 64
 
 
-def start(x_ref) -> jax.Array:
-    """No sum yet. What is in which register only this module knows."""
-    _, chunks, rows, width = x_ref.shape
-    return plgpu.layout_cast(jnp.zeros((rows, chunks * width), jnp.float32), WGMMA)
+def start(columns: int) -> jax.Array:
+    """No sum yet, for 64 rows. What is in which register only this module knows."""
+    return plgpu.layout_cast(jnp.zeros((64, columns), jnp.float32), WGMMA)
 
 
-def add(sums: jax.Array, ds: jax.Array, memory, x_ref, m, y_ref, n, interpret: Interpret) -> jax.Array:
+def add(
+    sums: jax.Array, ds: jax.Array, memory, x_ref, m, y_ref, n, interpret: Interpret, is_crossed: bool = False
+) -> jax.Array:
     """Adds ds [64, rows of y] times half of sign + 1, over the rows of tile n of y, for tile m of x.
 
-    Both are tiles of `swizzled_rows`, x of 64 rows.
+    Both are tiles of `swizzled_rows`, x of 64 rows, `crossed` or not.
     """
     if interpret is not None:
         x, y = swizzled_rows.values(x_ref, m, 1), swizzled_rows.values(y_ref, n, 1)
+        x = swizzled_rows.crossed(x) if is_crossed else x
         half = 0.5 * (1 + jnp.sign(x[:, None] - y[None]))
         return sums + (ds[:, :, None] * half).sum(axis=1)
     rows = plgpu.RefType(TRANSFORMS)
@@ -57,7 +61,7 @@ def add(sums: jax.Array, ds: jax.Array, memory, x_ref, m, y_ref, n, interpret: I
         arg_types=(WGMMA, WGMMA, plgpu.RefType(), rows, rows),
         return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, WGMMA),
     )
-    return call(_add)(sums, ds, memory, x_ref.at[m], y_ref.at[n])
+    return call(functools.partial(_add, is_crossed))(sums, ds, memory, x_ref.at[m], y_ref.at[n])
 
 
 def finish(sums: jax.Array, ds_sums: jax.Array, factor: float, memory, x_ref, m, interpret: Interpret) -> None:
@@ -73,11 +77,14 @@ def finish(sums: jax.Array, ds_sums: jax.Array, factor: float, memory, x_ref, m,
     call(lambda _, sums, memory, x_ref: _finish(factor, sums, memory, x_ref))(sums, memory, x_ref.at[m])
 
 
-def _add(_, sums, ds, memory, x_ref, y_ref):
+def _add(is_crossed: bool, _, sums, ds, memory, x_ref, y_ref):
     columns, chunks = ds.shape[1], ir.MemRefType(x_ref.type).shape[0]
     _write(ds, memory)
     row, four = _place()
-    x = [[swizzled_rows.read(_pointer(x_ref, c, row, i, four)) for i in range(_ROWS)] for c in range(chunks)]
+    x = [
+        [swizzled_rows.read(_pointer(x_ref, c, row, i, four), None, is_crossed) for i in range(_ROWS)]
+        for c in range(chunks)
+    ]
     ds_start = swizzled_rows.moved(utils.memref_ptr(memory), arith.muli(row, integer(4)))
     at_once = columns_at_once(columns, chunks)
 

@@ -21,32 +21,47 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels._compat import Interpret
-from pallas_kernels.parts import swizzled_rows, wgmma_layout
+from pallas_kernels.parts import softmax, swizzled_rows, wgmma_layout
+from pallas_kernels.parts.key_rows import over_rows
 from pallas_kernels.parts.swizzled_rows import TRANSFORMS, over
 from pallas_kernels.parts.wgmma_layout import integer
 
 _PTX = {"bfloat16": ("bf16", 0x3F803F80), "float16": ("f16", 0x3C003C00)}  # the type, and two ones
 
 
-def sums_of_maxima(x_ref, first, count: int, y_ref, n, interpret: Interpret) -> list[jax.Array]:
+def sums_of_maxima(
+    x_ref, first, count: int, y_ref, n, interpret: Interpret, is_crossed: bool = False
+) -> list[jax.Array]:
     """sum_w max(x_iw, y_jw) for the rows i of tiles first, first + 1, ... of x, and j of tile n of y.
 
-    Both in one 16-bit dtype, see `swizzled_rows`, x in tiles of 64 rows. Returns `count` arrays float32
-    [64, rows of y].
+    Both in one 16-bit dtype, see `swizzled_rows`, x in tiles of 64 rows, maybe `crossed`. Returns `count` arrays
+    float32 [64, rows of y].
     """
     columns = y_ref.shape[2]
     if interpret is not None:
         x, y = swizzled_rows.values(x_ref, first, count), swizzled_rows.values(y_ref, n, 1)
+        x = swizzled_rows.crossed(x, 2) if is_crossed else x
         m = jnp.maximum(x[:, None], y[None]).sum(axis=-1)
         return [m[64 * t : 64 * (t + 1)] for t in range(count)]
     tile = plgpu.ShapeDtypeStruct((64, columns), jnp.float32, plgpu.Layout.WGMMA)
     rows = plgpu.RefType(TRANSFORMS)
     call = plgpu.inline_mgpu(arg_types=(rows,) * (count + 1), return_type=[tile] * count)
-    form = functools.partial(_sums, columns, jnp.dtype(y_ref.dtype).name)
+    form = functools.partial(_sums, columns, jnp.dtype(y_ref.dtype).name, is_crossed)
     return call(form)(y_ref.at[n], *(x_ref.at[first + m] for m in range(count)))
 
 
-def _sums(columns: int, dtype: str, _, y_ref, *x_refs):
+def negative_distances(maxima: jax.Array, x_sums: jax.Array, y_sums: jax.Array) -> jax.Array:
+    """-d of `sums_of_maxima` and of the sums of the features of the rows."""
+    return softmax.over_columns(x_sums, maxima.shape) + over_rows(y_sums, maxima.shape) - 2.0 * maxima
+
+
+def row_sums(x: jax.Array, length: int) -> jax.Array:
+    """The sum of the features of each row of x [B, S, H, D], float32 [B, H, length]."""
+    total = jnp.swapaxes(x.astype(jnp.float32).sum(axis=-1), 1, 2)
+    return jnp.pad(total, ((0, 0), (0, 0), (0, length - x.shape[1])))
+
+
+def _sums(columns: int, dtype: str, is_crossed: bool, _, y_ref, *x_refs):
     """A loop over 32 features, eight for a thread; the sums go round with it.
 
     Rows of y come in the order 0, 8, 16, ..., 1, 9, ...: the next one adds to another accumulator.
@@ -61,15 +76,15 @@ def _sums(columns: int, dtype: str, _, y_ref, *x_refs):
         unit = arith.addi(arith.muli(arith.remui(step, integer(2)), integer(4)), arith.remui(lane, integer(4)))
         place = functools.partial(swizzled_rows.pointer, chunk=over(step, 2), unit=unit)
         starts = [place(x, row=row) for x in x_refs]
-        near = [[_read(swizzled_rows.below(start, 8 * r)) for r in range(2)] for start in starts]
+        near = [[_read(swizzled_rows.below(start, 8 * r), is_crossed) for r in range(2)] for start in starts]
         for n in range(8):
             start = place(y_ref, row=integer(n))
             for j in range(columns // 8):
-                far = _read(swizzled_rows.below(start, 8 * j))
+                far, at = _read(swizzled_rows.below(start, 8 * j)), slice(4 * j, 4 * j + 4)
                 for total, x in zip(sums, near, strict=True):
                     for k in (0, 2):
                         left = [_maximum(x[r][k + i], far[k + i], dtype) for i in range(2) for r in range(2)]
-                        total[4 * j : 4 * j + 4] = _multiply(left, ones[n], total[4 * j : 4 * j + 4], dtype)
+                        total[at] = multiply(left, (ones[n], ones[n]), total[at], dtype)
         return sums
 
     def tile(total):
@@ -78,9 +93,9 @@ def _sums(columns: int, dtype: str, _, y_ref, *x_refs):
     return [tile(total) for total in done.results]
 
 
-def _read(start) -> list[ir.Value]:
+def _read(start, is_crossed: bool = False) -> list[ir.Value]:
     """Four pairs of features."""
-    return swizzled_rows.read(start, ir.IntegerType.get_signless(32))
+    return swizzled_rows.read(start, ir.IntegerType.get_signless(32), is_crossed)
 
 
 def _ones_if(condition, dtype: str):
@@ -92,12 +107,13 @@ def _maximum(x, y, dtype: str):
     return llvm.inline_asm(x.type, [x, y], text, "=r,r,r", has_side_effects=False)
 
 
-def _multiply(left, right, total, dtype: str) -> list:
+def multiply(left, right, total, dtype: str) -> list:
+    """total + left right, mma.m16n8k16's operands."""
     f32, kind = ir.F32Type.get(), _PTX[dtype][0]
     text = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-    text += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $8}, {$9, $10, $11, $12};"
-    constraints = "=f,=f,=f,=f,r,r,r,r,r,f,f,f,f"
+    text += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
     results = llvm.StructType.get_literal([f32] * 4)
-    found = llvm.inline_asm(results, [*left, right, *total], text, constraints, has_side_effects=False)
+    found = llvm.inline_asm(results, [*left, *right, *total], text, constraints, has_side_effects=False)
     assert isinstance(found, ir.Value)
     return [llvm.extractvalue(f32, found, [n]) for n in range(4)]

@@ -52,13 +52,13 @@ class RowsType:
     def scratch(self):
         return plgpu.SMEM((self.count, self.chunks, self.rows, self.chunk), self.dtype, transforms=TRANSFORMS)
 
-    def load(self, ref, source, index, row, head, n, barrier) -> None:
-        """Starts filling tile n with rows from `row` of source[index, :, head]; arrives `chunks` times.
+    def load(self, ref, source, index, row, head, n, barrier, column=0) -> None:
+        """Starts filling tile n from a row and column of source[index, :, head] on; arrives `chunks` times.
 
         What lies outside of the source becomes 0.
         """
         for c in range(self.chunks):
-            columns = pl.ds(row * 0 + c * self.chunk, self.chunk)  # no constant: it may reach past the end
+            columns = pl.ds(row * 0 + column + c * self.chunk, self.chunk)  # no constant: it may reach past the end
             plgpu.copy_gmem_to_smem(source.at[index, pl.ds(row, self.rows), head, columns], ref.at[n, c], barrier)
 
     def store(self, ref, target, index, row, head, n, column: int = 0, chunks: int | None = None) -> None:
@@ -82,6 +82,15 @@ class RowsType:
         columns = max(self.chunk, whole * -(-x.shape[3] // whole))
         pad = ((0, 0), (0, max(0, rows - x.shape[1])), (0, 0), (0, columns - x.shape[3]))
         return jnp.pad(x.astype(self.dtype), pad)
+
+
+def crossed(x: jax.Array, together: int = 1) -> jax.Array:
+    """Columns 1, 0, 3, 2, ... of x, or as many `together` as fill a register in place of one.
+
+    Even and odd registers lie in two banks, and 16 bytes are read into four in order. So the same columns of two rows
+    lie in one bank, and an instruction on both waits for it, unless one of the rows is crossed.
+    """
+    return x.reshape(*x.shape[:-1], -1, 2, together)[..., ::-1, :].reshape(x.shape)
 
 
 def values(ref: Any, n, count: int) -> jax.Array:
@@ -121,11 +130,11 @@ def below(start: ir.Value, rows: int) -> ir.Value:
     return moved(start, rows * _ROW)
 
 
-def read(start: ir.Value, element: ir.Type | None = None) -> list[ir.Value]:
-    """A unit, as four float32 or what else has 32 bits."""
+def read(start: ir.Value, element: ir.Type | None = None, is_crossed: bool = False) -> list[ir.Value]:
+    """A unit, as four float32 or what else has 32 bits, in order though it be `crossed` in memory."""
     quad = ir.VectorType.get((4,), element or ir.F32Type.get())
     found = llvm.load(quad, start, alignment=UNIT)
-    return [wgmma_layout.scalar(found, n) for n in range(4)]
+    return [wgmma_layout.scalar(found, n ^ is_crossed) for n in range(4)]
 
 
 def moved(start: ir.Value, offset) -> ir.Value:

@@ -11,6 +11,7 @@ import pytest
 
 import jflash.l1
 from jflash import l1_attention
+from jflash._l1_arguments import bind
 from pallas_kernels import l1_tiles
 from pallas_kernels.hopper import l1_backward, l1_forward
 from pallas_kernels.parts import l1_gradients
@@ -32,6 +33,10 @@ CASES = {
     "bfloat16": (dict(dtype=jnp.bfloat16, Sq=130, Sk=100, H=2, Hk=1, D=64), dict(causal=True)),
     "compute_f32": (dict(dtype=jnp.bfloat16, Sq=70, H=1, D=64), dict(compute="f32")),
     "float16": (dict(dtype=jnp.float16, Sq=70, H=1, D=128, Dv=64), {}),
+    "odd": (
+        dict(dtype=jnp.bfloat16, Sq=70, Sk=150, H=2, Hk=1, D=100, Dv=40),
+        dict(sink=0.5, kind="reciprocal", eps=0.5),
+    ),
 }
 QUICK = {"full", "causal", "grouped", "bfloat16"}
 
@@ -52,11 +57,29 @@ def on_the_cpu():
     assert not interpreter.found_races(), "the race detector found a race"
 
 
+def proven():
+    """As if a GPU had run everything."""
+    return mock.patch.object(l1_tiles, "UNPROVEN", frozenset())
+
+
 @pytest.mark.skipif(OLD, reason="takes minutes on this JAX")
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_matches_oracle(name):
+    assert_matches_oracle(name)
+
+
+@pytest.mark.skipif(OLD, reason="takes minutes on this JAX")
+@pytest.mark.parametrize(
+    "name", ["bfloat16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "odd"))]
+)
+def test_unproven_matches_oracle(name):
+    with proven():
+        assert_matches_oracle(name)
+
+
+def assert_matches_oracle(name):
     shape, options = CASES[name]
     attend = functools.partial(l1_attention, **options, return_lse=True)
     with on_the_cpu():
@@ -103,6 +126,16 @@ def shapes(*, D: int, S=1024, Hk=None, dtype=jnp.float32):
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_lowers(name):
+    assert_lowers(name)
+
+
+@pytest.mark.parametrize("name", ["D64", "D128_bfloat16"])
+def test_unproven_lowers(name):
+    with proven():
+        assert_lowers(name)
+
+
+def assert_lowers(name):
     shape, options = COMPILED[name]
     with on_hopper():
         text = jax.jit(forward_and_backward(options)).trace(*shapes(**shape)).lower(lowering_platforms=("cuda",))
@@ -112,23 +145,29 @@ def test_lowers(name):
 @pytest.mark.compile
 @pytest.mark.parametrize("name", COMPILED)
 def test_ptxas_has_no_complaint(name):
+    assert_ptxas_has_no_complaint(name)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", COMPILED)
+def test_ptxas_has_no_complaint_of_the_unproven(name):
+    with proven():
+        assert_ptxas_has_no_complaint(name)
+
+
+def assert_ptxas_has_no_complaint(name):
     for wheel in ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc"):
         try:
             importlib.metadata.version(wheel)
         except importlib.metadata.PackageNotFoundError:
             pytest.skip(f"needs the wheel {wheel}; `make test-compile` installs it")
     shape, options = COMPILED[name]
+    arrays = shapes(**shape)
     with on_hopper():
-        _, kernels = compile_for_h100(forward_and_backward(options), *shapes(**shape))
-    D = 64 if shape["D"] <= 64 else 128
-    packed = "dtype" in shape and "compute" not in options
-    forward = l1_tiles.PACKED_FORWARD[D] if packed else l1_tiles.FORWARD[D]
-    backward = (l1_tiles.BACKWARD if "dtype" in shape else l1_tiles.FLOAT32_BACKWARD)[D]
-    limits = {
-        "l1_forward": forward.spill_bytes,
-        "l1_backward_q": backward.spill_bytes,
-        "l1_backward_k": backward.spill_bytes,
-    }
+        _, kernels = compile_for_h100(forward_and_backward(options), *arrays)
+        p, _ = bind(*arrays[0], target="sm_90", **options)
+    backward = l1_tiles.backward_tile(p).spill_bytes
+    limits = {"l1_forward": l1_tiles.forward_tile(p).spill_bytes, "l1_backward_q": backward, "l1_backward_k": backward}
     assert {kernel.name for kernel in kernels} == limits.keys()
     for kernel in kernels:
         assert kernel.serialized is None, f"{kernel.name}: {kernel.serialized}"
