@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jflash.xla import linear_causal, linear_full, linear_masked
+from jflash.xla import linear_causal, linear_full, linear_masked, linear_thin_mask
 from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem, LinearResults
 
 
@@ -45,7 +45,7 @@ def backward(p: LinearProblem, a: LinearArrays, out, norm, d_out, d_kv, d_z) -> 
 
 def _forward(p: LinearProblem, a: LinearArrays, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
     if a.mask is not None:
-        return linear_masked.forward(p, a, dtype), None
+        return _of_mask(a.mask).forward(p, a, dtype), None
     if _uniform(p):
         return linear_full.forward(p, a, dtype), None
     return linear_causal.forward(p, a, dtype)
@@ -53,10 +53,15 @@ def _forward(p: LinearProblem, a: LinearArrays, dtype: jnp.dtype) -> tuple[jax.A
 
 def _backward(p: LinearProblem, a: LinearArrays, d_out: jax.Array, d_state: jax.Array | None) -> LinearGradients:
     if a.mask is not None:
-        return linear_masked.backward(p, a, d_out)
+        return _of_mask(a.mask).backward(p, a, d_out)
     if _uniform(p):
         return linear_full.backward(p, a, d_out)
     return linear_causal.backward(p, a, d_out, d_state)
+
+
+def _of_mask(mask: jax.Array):
+    """What computes under a mask of this shape."""
+    return linear_thin_mask if 1 in mask.shape[2:] else linear_masked
 
 
 def _uniform(p: LinearProblem) -> bool:

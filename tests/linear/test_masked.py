@@ -69,6 +69,13 @@ def test_dtypes(dtype):
     assert_matches_oracle(inputs(dtype=dtype, B=B, S=S, Sk=SK, Hq=H, mask=(B, 1, S, SK)))
 
 
+@pytest.mark.parametrize("mask", [(1, 4, 1, SK), (B, 1, S, 1)], ids=str)
+def test_mask_of_one_row_or_column_in_bfloat16(mask):
+    arrays = inputs(dtype=jnp.bfloat16, B=B, S=S, Sk=SK, Hq=4, Hk=2, Dv=5, mask=mask)
+    assert_matches_oracle(arrays)
+    assert_matches_oracle(arrays | {"mask": arrays["mask"] > 0})
+
+
 def test_mask_of_another_dtype():
     arrays = inputs(dtype=jnp.bfloat16, B=B, S=S, Sk=SK, Hq=H, mask=(1, 1, S, SK))
     arrays["mask"] = arrays["mask"].astype(jnp.float32)
