@@ -71,9 +71,10 @@ def goals() -> Iterator[Case]:
 
 
 def masked() -> Iterator[Case]:
-    for mask in ((1, 1), (16, 12)):
+    for mask in ((1, 1), (1, 12), (16, 12)):
         yield square(16, 1024, 12, 64, mask=mask)
-    yield square(4, 8192, 16, 128, mask=(1, 1))
+    for mask in ((1, 1), (1, 16)):
+        yield square(4, 8192, 16, 128, mask=mask)
 
 
 def decode() -> Iterator[Case]:

@@ -31,6 +31,7 @@ class MaskedBackward(BackwardTile):
     """The tile of a fused backward, and how many tiles of the mask are loaded ahead."""
 
     mask_stages: int = 2
+    rereads: bool = False  # the mask is read for each of its two uses, where registers are short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +45,15 @@ class MaskGradientTile:
 
 
 FORWARD = {
-    (64, 2): MaskedForward(together=2),
-    (64, 4): MaskedForward(together=2, mask_stages=1),
+    (64, 2): MaskedForward(together=2, spill_bytes=152),
+    (64, 4): MaskedForward(together=2, mask_stages=1, spill_bytes=152),
     (128, 2): MaskedForward(),
-    (128, 4): MaskedForward(mask_stages=1),
+    (128, 4): MaskedForward(mask_stages=1, spill_bytes=8),
 }
 
 BACKWARD = {
     (64, 2): MaskedBackward(block_q=128, split_rows=True, mask_stages=1),
-    (64, 4): MaskedBackward(block_q=128, split_rows=True, ds_stages=1, mask_stages=1),
+    (64, 4): MaskedBackward(block_q=128, split_rows=True, ds_stages=1, mask_stages=1, rereads=True, spill_bytes=32),
     (128, 2): MaskedBackward(block_q=64),
     (128, 4): MaskedBackward(block_q=64, mask_stages=1),
 }

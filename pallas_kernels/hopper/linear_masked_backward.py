@@ -212,18 +212,19 @@ def _factors(plan: Plan, refs: Refs, wg, step, slot, s_acc, dp_acc) -> tuple[jax
     tma.transposed_product(s_acc, refs.k_smem, 0, refs.q_smem, slot, rows=mine)
     plgpu.barrier_wait(refs.do_full.at[slot])
     running = tma.transposed_product(dp_acc, refs.v_smem, 0, refs.do_smem, slot, rows=mine)
-    mask = _mask(plan, refs, wg, step)
+    here = lax.rem(step, plan.tile.mask_stages)
+    plgpu.barrier_wait(refs.mask_full.at[here])
+    held = None if plan.tile.rereads else _mask(refs, wg, here)
     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
-    weights = (s * mask.astype(jnp.float32)).astype(plan.problem.dtype)
+    weights = (s * (_mask(refs, wg, here) if held is None else held)).astype(plan.problem.dtype)
     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
-    return weights, (dp * mask.astype(jnp.float32)).astype(plan.problem.dtype)
+    ds = (dp * (_mask(refs, wg, here) if held is None else held)).astype(plan.problem.dtype)
+    barriers.fence(plan.interpret)  # the mask has been read, and TMA refills its slot
+    plgpu.barrier_arrive(refs.mask_empty.at[here])
+    return weights, ds
 
 
-def _mask(plan: Plan, refs: Refs, wg, step) -> jax.Array:
-    """This consumer's keys of the transposed mask of a query block, in registers."""
-    slot = lax.rem(step, plan.tile.mask_stages)
-    plgpu.barrier_wait(refs.mask_full.at[slot])
-    mask = _compat.load(refs.mask_smem.multiplied.at[slot, 0, pl.ds(wg * 64, 64)], plgpu.Layout.WGMMA)
-    barriers.fence(plan.interpret)
-    plgpu.barrier_arrive(refs.mask_empty.at[slot])
-    return mask
+def _mask(refs: Refs, wg, slot) -> jax.Array:
+    """This consumer's keys of a tile of the transposed mask, in registers."""
+    tile = refs.mask_smem.multiplied.at[slot, 0, pl.ds(wg * 64, 64)]
+    return _compat.load(tile, plgpu.Layout.WGMMA).astype(jnp.float32)

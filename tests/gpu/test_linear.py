@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jflash import linear_attention
+from pallas_kernels.hopper import linear
 from tests.linear.rule import assert_matches_oracle, inputs
 
 CASES = {
@@ -55,3 +56,73 @@ def test_vmap_is_a_loop():
     mapped = jax.jit(jax.vmap(f))(jax.tree.map(lambda *x: jnp.stack(x), *arrays))
     for one, found in zip(arrays, mapped, strict=True):
         assert jnp.array_equal(jax.jit(f)(one), found)
+
+
+MASKED = {
+    "two_heads": (dict(B=2, S=512, Hq=4, D=64, mask=(1, 1, 512, 512)), {}),
+    "many": (dict(B=16, S=256, Hq=12, D=64, mask=(1, 1, 256, 256)), {}),
+    "D128": (dict(B=2, S=512, Hq=4, D=128, mask=(1, 1, 512, 512)), {}),
+    "D128_float32": (dict(B=1, S=300, Sk=700, Hq=3, D=128, mask=(1, 3, 300, 700)), dict(scale=-0.5)),
+    "D64_float32": (dict(B=2, S=300, Sk=700, Hq=3, D=64, mask=(2, 1, 300, 700)), {}),
+    "of_heads": (dict(B=4, S=384, Hq=3, D=64, mask=(1, 3, 384, 384)), {}),
+    "of_each": (dict(B=2, S=640, Hq=3, D=128, mask=(2, 3, 640, 640)), {}),
+    "ragged": (dict(B=2, S=333, Sk=457, Hq=3, D=64, mask=(1, 1, 333, 457)), {}),
+    "ragged_D128": (dict(B=1, S=333, Sk=457, Hq=2, D=128, mask=(1, 2, 333, 457)), {}),
+    "grouped": (dict(B=2, S=200, Hq=6, Hk=3, D=64, mask=(1, 1, 200, 200)), {}),
+    "shared_values": (dict(B=1, S=130, Hq=1, Hk=1, Hv=4, D=128, mask=(1, 4, 130, 130)), {}),
+    "head_dims": (dict(B=2, S=90, Hq=6, D=40, Dv=56, mask=(1, 1, 90, 90)), {}),
+    "long": (dict(B=1, S=4096, Hq=2, D=64, mask=(1, 1, 4096, 4096)), {}),
+    "short": (dict(B=2, S=3, Sk=5, Hq=2, D=64, mask=(1, 1, 3, 5)), {}),
+}
+
+
+@pytest.fixture
+def proven_mask(monkeypatch):
+    monkeypatch.setattr(linear, "UNPROVEN", linear.UNPROVEN - {"mask"})
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_matches_oracle(name, proven_mask):
+    shape, options = MASKED[name]
+    arrays = inputs(0, jnp.bfloat16, **shape)
+    if name.endswith("float32"):
+        arrays["mask"] = arrays["mask"].astype(jnp.float32)
+    assert_matches_oracle(arrays, "hopper", **options)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_boolean_mask_in_float16(D, proven_mask):
+    arrays = inputs(0, jnp.float16, B=2, S=400, Hq=2, D=D)
+    arrays["mask"] = jax.random.bernoulli(jax.random.key(1), 0.6, (1, 2, 400, 400))
+    assert_matches_oracle(arrays, "hopper")
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_masked_gives_the_same_bits_but_for_dq(D, proven_mask):
+    """dq is added up in whatever order CTAs come."""
+    arrays = inputs(1, jnp.bfloat16, B=2, S=900, Hq=8, D=D, mask=(1, 1, 900, 900))
+
+    @jax.jit
+    def run(arrays):
+        out, pull = jax.vjp(lambda a: linear_attention(**a, implementation="hopper"), arrays)
+        (grads,) = pull(jnp.sin(3 * out.astype(jnp.float32)).astype(out.dtype))
+        return out, grads
+
+    first, grads = run(arrays)
+    for n in range(100):
+        out, again = run(arrays)
+        assert jnp.array_equal(first, out), n
+        assert all(jnp.array_equal(grads[name], again[name]) for name in ("k", "v", "mask")), n
+
+
+def test_masked_stores_no_weights(proven_mask):
+    """Temporary memory stays far below one number for each weight."""
+    B, S, H = 4, 2048, 8
+    q = jax.ShapeDtypeStruct((B, S, H, 64), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((1, 1, S, S), jnp.bfloat16)
+
+    def run(q, k, v, mask, d_out):
+        return jax.vjp(lambda *x: linear_attention(*x[:3], mask=x[3], implementation="hopper"), q, k, v, mask)[1](d_out)
+
+    used = jax.jit(run).lower(q, q, q, mask, q).compile().memory_analysis().temp_size_in_bytes
+    assert used < B * H * S * S // 2
