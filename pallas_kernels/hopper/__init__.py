@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 
+from pallas_kernels import unproven
 from pallas_kernels.problem import AttentionArrays, AttentionGradients, AttentionProblem
 from pallas_kernels.tiles import padded
 
@@ -27,12 +28,17 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
             f"deterministic=True with head_dim={max(p.D, p.Dv)} must be <= 128",
         ),
         (p.bias_shape is not None, "bias is not in the kernels"),
-        (p.mask_shape is not None, "mask is not in the kernels"),
         (p.key_ranges and p.alibi, "alibi_slopes with packed sequences or caches are not in the kernels"),
-        (p.dropout_rate > 0, f"dropout_rate={p.dropout_rate} is not in the kernels"),
         (p.scale <= 0, f"scale={p.scale} must be > 0"),
+        *_unproven(p),
     )
     return next((reason for failed, reason in reasons if failed), None)
+
+
+def _unproven(p: AttentionProblem) -> list[tuple[bool, str]]:
+    asked = {"dropout": p.dropout_rate > 0, "mask": p.mask_shape is not None}
+    text = "is in the kernels, but not yet proven on a GPU"
+    return [(asked[name] and name in unproven.FEATURES, f"{name} {text}") for name in asked]
 
 
 def forward(p: AttentionProblem, a: AttentionArrays) -> tuple[jax.Array, jax.Array]:

@@ -26,7 +26,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
-from pallas_kernels.parts import barriers, descriptors, key_rows, masking, register_order, schedule, tma
+from pallas_kernels.parts import (
+    barriers,
+    descriptors,
+    dropping,
+    key_rows,
+    masking,
+    register_order,
+    schedule,
+    sparsity,
+    tma,
+)
 from pallas_kernels.parts.barriers import NamedBarrier
 from pallas_kernels.parts.key_rows import Block, KeyRows, Walk, over_rows
 from pallas_kernels.parts.schedule import Schedule, Work
@@ -129,6 +139,11 @@ class Refs(NamedTuple):
     visits_gmem: Any = None  # see ranges.table
     visitors_gmem: Any = None  # see ranges.visitors
     order_gmem: Any = None  # see ranges.longest_first
+    listed_gmem: Any = None  # this and the next two: see sparsity
+    bits_gmem: Any = None
+    bits_smem: Any = None
+    drop_gmem: Any = None  # [B, H, 2, rows], see dropping
+    drop_smem: Any = None
 
 
 def attention_backward(
@@ -251,6 +266,8 @@ def _loader(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
         refs.q_smem.load(refs.q_gmem, work.b, row, head, slot, refs.q_full.at[slot])
         plgpu.copy_gmem_to_smem(refs.lse_gmem.at[statistics], refs.lse_smem.at[slot], refs.q_full.at[slot])
         key_rows.load(refs, work.b, row, slot, refs.q_full.at[slot], plan.block)
+        dropping.load(refs, work.b, head, row, slot, refs.q_full.at[slot])
+        sparsity.load(refs, work.b, head, work.block, block, slot, refs.q_full.at[slot])
 
         refs.do_smem.load(refs.do_gmem, work.b, row, head, slot, refs.do_full.at[slot])
         plgpu.copy_gmem_to_smem(refs.delta_gmem.at[statistics], refs.delta_smem.at[slot], refs.do_full.at[slot])
@@ -292,7 +309,7 @@ def _consumer(plan: Plan, refs: Refs, work: Work, walk: Walk, wg) -> None:
     plan.meeting.meet(refs.meeting)  # the other consumer's last dQ still reads all of K
     dtype = jnp.dtype(p.dtype)
     refs.k_smem.write(0, (dk * p.scale).astype(dtype), rows=pl.ds(wg * 64, 64))
-    refs.v_smem.write(0, dv.astype(dtype), rows=pl.ds(wg * 64, 64))
+    refs.v_smem.write(0, dropping.scaled(p, dv).astype(dtype), rows=pl.ds(wg * 64, 64))
     plgpu.commit_smem()
     row = work.block * t.block_kv + wg * 64
     refs.k_smem.store(refs.dk_gmem, work.b, row, work.h, 0, rows=pl.ds(wg * 64, 64))
@@ -349,10 +366,12 @@ def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, s_a
     rows = KeyRows(work, walk, plan.block, wg * 64)
     s, factor, slope = key_rows.scored(p, refs, rows, step, slot, products, plan.interpret)
     weights = jnp.exp2(s * factor - over_rows(lse2, s.shape))
-    rounded = weights.astype(p.dtype)
+    drop = dropping.read(refs, slot, masking.COLUMNS)
+    weights = dropping.of_columns(p, weights, drop, rows.first, plan.interpret)
+    rounded = dropping.kept(p, weights).astype(p.dtype)
     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
     delta = _compat.load(refs.delta_smem.at[slot], masking.COLUMNS)
-    ds = weights * (dp - over_rows(delta, dp.shape))
+    ds = dropping.score_gradient(p, weights, dp, over_rows(delta, dp.shape))
     return rounded, (ds if slope is None else ds * slope).astype(p.dtype)
 
 

@@ -20,9 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
-from pallas_kernels.parts import barriers, descriptors, query_rows, softmax, tma
+from pallas_kernels.parts import barriers, descriptors, dropping, query_rows, softmax, sparsity, tma
 from pallas_kernels.parts.query_rows import QueryRows
 from pallas_kernels.parts.schedule import Schedule, Work
+from pallas_kernels.parts.sparsity import Visits
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
 
 CONSUMERS = 2
@@ -79,6 +80,11 @@ class Refs(NamedTuple):
     limits_gmem: Any = None
     limits_smem: Any = None
     visits_gmem: Any = None
+    listed_gmem: Any = None
+    bits_gmem: Any = None
+    bits_smem: Any = None
+    drop_gmem: Any = None
+    drop_smem: Any = None
 
 
 def attention_backward_q(
@@ -134,18 +140,19 @@ def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     refs = Refs(**dict(zip(names, gmem, strict=True)), **{**scratch, **tiles_smem})
     work = plan.schedule.work(lax.axis_index("cta"))
     keys = query_rows.key_blocks(plan.problem, refs, work, ROWS, BLOCK_KV)
+    visits = sparsity.visits(plan.problem, refs, work, keys)
     wg = lax.axis_index("wg")
-    consume = functools.partial(_consumer, plan, refs, work, keys, wg)
-    produce = functools.partial(_producer, plan, refs, work, keys)
+    consume = functools.partial(_consumer, plan, refs, work, visits, wg)
+    produce = functools.partial(_producer, plan, refs, work, visits)
     lax.cond(wg < CONSUMERS, consume, produce)
 
 
-def _producer(plan: Plan, refs: Refs, work: Work, keys) -> None:
+def _producer(plan: Plan, refs: Refs, work: Work, visits: Visits) -> None:
     plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-    barriers.in_warps([functools.partial(_load, plan, refs, work, keys)], 0, plan.interpret)
+    barriers.in_warps([functools.partial(_load, plan, refs, work, visits)], 0, plan.interpret)
 
 
-def _load(plan: Plan, refs: Refs, work: Work, keys) -> None:
+def _load(plan: Plan, refs: Refs, work: Work, visits: Visits) -> None:
     for w in range(CONSUMERS):
         row = work.block * ROWS + w * 64
         refs.q_smem.load(refs.q_gmem, work.b, row, work.h, w, refs.q_full)
@@ -154,30 +161,33 @@ def _load(plan: Plan, refs: Refs, work: Work, keys) -> None:
             rows = source.at[work.b, work.h, pl.ds(row, 64)]
             plgpu.copy_gmem_to_smem(rows, refs.statistics_smem.at[w, n], refs.q_full)
         query_rows.load(refs, work.b, row, w, refs.q_full)
+        dropping.load(refs, work.b, work.h, row, w, refs.q_full)
     kv_head = lax.div(work.h, jnp.int32(plan.problem.group))
 
     def load_block(step, _):
         slot = lax.rem(step, STAGES)
-        first, full = (keys.lo + step) * BLOCK_KV, refs.kv_full.at[slot]
+        block, _ = visits.at(step)
+        first, full = block * BLOCK_KV, refs.kv_full.at[slot]
         pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(refs.kv_empty.at[slot]))
         refs.k_smem.load(refs.k_gmem, work.b, first, kv_head, slot, full)
         refs.v_smem.load(refs.v_gmem, work.b, first, kv_head, slot, full)
         query_rows.load_keys(refs, work.b, first, slot, full)
+        sparsity.load(refs, work.b, work.h, work.block, block, slot, full)
 
-    lax.fori_loop(0, keys.hi - keys.lo, load_block, None)
+    lax.fori_loop(0, visits.steps, load_block, None)
 
 
-def _consumer(plan: Plan, refs: Refs, work: Work, keys, wg) -> None:
+def _consumer(plan: Plan, refs: Refs, work: Work, visits: Visits, wg) -> None:
     p = plan.problem
     plgpu.set_max_registers(REGISTERS, action="increase")
     plgpu.barrier_wait(refs.q_full)
     row = work.block * ROWS + wg * 64
-    rows = query_rows.read(refs, work, wg, row, keys)
     lse2, delta = (_compat.load(refs.statistics_smem.at[wg, n], softmax.ROWS) for n in range(2))
+    queries = query_rows.read(refs, work, wg, row, visits.range)
+    rows = Rows(wg, queries, visits, lse2, delta, dropping.read(refs, wg, softmax.ROWS))
 
     def accumulate(dq_acc):
-        step = functools.partial(_step, plan, refs, rows, wg, lse2, delta, dq_acc)
-        lax.fori_loop(0, keys.hi - keys.lo, step, None)
+        lax.fori_loop(0, visits.steps, functools.partial(_step, plan, refs, rows, dq_acc), None)
         return dq_acc[...]
 
     dq = pl.run_scoped(accumulate, plgpu.ACC((64, tiles.padded(p.D)), jnp.float32))
@@ -187,27 +197,41 @@ def _consumer(plan: Plan, refs: Refs, work: Work, keys, wg) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _step(plan: Plan, refs: Refs, rows: QueryRows, wg, lse2, delta, dq_acc, step, _) -> None:
+class Rows(NamedTuple):
+    """The query rows of one consumer."""
+
+    wg: Any
+    queries: QueryRows
+    visits: Visits
+    lse2: jax.Array
+    delta: jax.Array
+    drop: Any  # the keys of dropout
+
+
+def _step(plan: Plan, refs: Refs, rows: Rows, dq_acc, step, _) -> None:
     """dQ += dS K for one block of keys."""
     slot = lax.rem(step, STAGES)
     plgpu.barrier_wait(refs.kv_full.at[slot])
-    form = functools.partial(_ds, plan, refs, rows, wg, lse2, delta, step, slot)
+    form = functools.partial(_ds, plan, refs, rows, step, slot)
     scores = plgpu.ACC((64, BLOCK_KV), jnp.float32)
     tma.product(dq_acc, pl.run_scoped(form, scores, scores), refs.k_smem, slot)
     plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(refs.kv_empty.at[slot])
 
 
-def _ds(plan: Plan, refs: Refs, rows: QueryRows, wg, lse2, delta, step, slot, s_acc, dp_acc) -> jax.Array:
+def _ds(plan: Plan, refs: Refs, rows: Rows, step, slot, s_acc, dp_acc) -> jax.Array:
     """dS [64, BLOCK_KV] in the input dtype."""
     p = plan.problem
-    mine = wg + descriptors.zero_at(step, plan.interpret)
+    mine = rows.wg + descriptors.zero_at(step, plan.interpret)
     tma.transposed_product(s_acc, refs.q_smem, mine, refs.k_smem, slot)
     running = tma.transposed_product(dp_acc, refs.do_smem, mine, refs.v_smem, slot)
-    ids = query_rows.key_ids(refs, slot)
     products = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
-    s, factor, slope = query_rows.scored(p, rows, rows.keys.lo + step, products, ids, plan.interpret)
-    weights = jnp.exp2(s * factor - softmax.over_columns(lse2, s.shape))
+    visit = rows.visits.at(step)
+    s, factor, slope = query_rows.from_slot(
+        p, refs, rows.queries, rows.wg, slot, visit, products, plan.interpret, release=lambda: None
+    )
+    weights = jnp.exp2(s * factor - softmax.over_columns(rows.lse2, s.shape))
+    weights = dropping.of_rows(p, weights, rows.drop, visit[0] * BLOCK_KV, plan.interpret)
     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
-    ds = weights * (dp - softmax.over_columns(delta, dp.shape))
+    ds = dropping.score_gradient(p, weights, dp, softmax.over_columns(rows.delta, dp.shape))
     return (ds if slope is None else ds * slope).astype(p.dtype)

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
 from pallas_kernels.hopper.attention_backward import CONSUMERS, Plan, make_plan, tile_types
-from pallas_kernels.parts import barriers, key_rows, masking, register_order, schedule, tma
+from pallas_kernels.parts import barriers, dropping, key_rows, masking, register_order, schedule, sparsity, tma
 from pallas_kernels.parts.key_rows import KeyRows, Walk, over_rows
 from pallas_kernels.parts.schedule import Work
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
@@ -71,6 +71,11 @@ class Refs(NamedTuple):
     visits_gmem: Any = None
     visitors_gmem: Any = None
     order_gmem: Any = None  # see ranges.longest_first
+    listed_gmem: Any = None  # this and the next two: see sparsity
+    bits_gmem: Any = None
+    bits_smem: Any = None
+    drop_gmem: Any = None  # [B, H, 2, rows], see dropping
+    drop_smem: Any = None
 
 
 def attention_backward_roles(
@@ -161,6 +166,8 @@ def _load(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
         refs.q_smem.load(refs.q_gmem, work.b, row, head, slot, refs.q_full.at[slot])
         plgpu.copy_gmem_to_smem(refs.lse_gmem.at[statistics], refs.lse_smem.at[slot], refs.q_full.at[slot])
         key_rows.load(refs, work.b, row, slot, refs.q_full.at[slot], plan.block)
+        dropping.load(refs, work.b, head, row, slot, refs.q_full.at[slot])
+        sparsity.load(refs, work.b, head, work.block, block, slot, refs.q_full.at[slot])
         pl.when(step >= t.stages)(lambda: plgpu.barrier_wait(refs.do_empty.at[slot]))
         refs.do_smem.load(refs.do_gmem, work.b, row, head, slot, refs.do_full.at[slot])
         plgpu.copy_gmem_to_smem(refs.delta_gmem.at[statistics], refs.delta_smem.at[slot], refs.do_full.at[slot])
@@ -186,7 +193,7 @@ def _value_consumer(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
 
     dv = pl.run_scoped(accumulate, plgpu.ACC((64, tiles.padded(p.Dv)), jnp.float32))
     _meet(refs)
-    _write(plan, refs.v_smem, refs.dv_gmem, work, dv)
+    _write(plan, refs.v_smem, refs.dv_gmem, work, dropping.scaled(p, dv))
 
 
 def _value_step(plan: Plan, refs: Refs, work: Work, walk: Walk, dv_acc, step, _) -> None:
@@ -205,18 +212,21 @@ def _value_step(plan: Plan, refs: Refs, work: Work, walk: Walk, dv_acc, step, _)
 
 
 def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, step, slot, s_acc):
-    """P^T, and P^T times the slope of softcap, [64, block_q] in the input dtype."""
+    """P^T that dropout leaves, and P^T marked by it times the slope of softcap, [64, block_q] in the input dtype."""
     p = plan.problem
     tma.transposed_product(s_acc, refs.k_smem, 0, refs.q_smem, slot)
     lse2 = _compat.load(refs.lse_smem.at[slot], masking.COLUMNS)
     products = plgpu.wgmma_accumulator_load(s_acc, wait_n=0)  # and dV of the step before is done
     rows = KeyRows(work, walk, plan.block, 0)
     s, factor, slope = key_rows.scored(p, refs, rows, step, slot, products, plan.interpret)
+    drop = dropping.read(refs, slot, masking.COLUMNS)
     barriers.fence(plan.interpret)  # the statistics have been read, and TMA refills their slot
     plgpu.barrier_arrive(refs.q_empty.at[slot])
     weights = jnp.exp2(s * factor - over_rows(lse2, s.shape))
+    weights = dropping.of_columns(p, weights, drop, rows.first, plan.interpret)
     rounded = weights.astype(p.dtype)
-    return rounded, rounded if slope is None else (weights * slope).astype(p.dtype)
+    bent = rounded if slope is None else (weights * slope).astype(p.dtype)
+    return dropping.kept(p, rounded), bent
 
 
 def _first_columns(plan: Plan, refs: Refs, work: Work, walk: Walk, step) -> None:
@@ -271,7 +281,7 @@ def _ds(plan: Plan, refs: Refs, step, slot, dp_acc) -> jax.Array:
     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)  # and dK of the step before is done
     barriers.fence(plan.interpret)  # delta has been read, and TMA refills its slot
     plgpu.barrier_arrive(refs.do_empty.at[slot])
-    return (weights.astype(jnp.float32) * (dp - over_rows(delta, dp.shape))).astype(p.dtype)
+    return dropping.score_gradient(p, weights.astype(jnp.float32), dp, over_rows(delta, dp.shape)).astype(p.dtype)
 
 
 def _add_dq(plan: Plan, refs: Refs, work: Work, walk: Walk, step, wg: int, parts: range) -> None:

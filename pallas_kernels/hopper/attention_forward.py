@@ -25,12 +25,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
-from pallas_kernels.parts import barriers, query_rows, ranges, schedule, softmax, tma
+from pallas_kernels.parts import barriers, dropping, query_rows, ranges, schedule, softmax, sparsity, tma
 from pallas_kernels.parts.barriers import NamedBarrier
 from pallas_kernels.parts.query_rows import QueryRows
-from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Schedule, Work
 from pallas_kernels.parts.softmax import Softmax
+from pallas_kernels.parts.sparsity import Visits
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
 from pallas_kernels.tiles import ForwardTile
 
@@ -101,6 +101,11 @@ class Refs(NamedTuple):
     limits_smem: Any = None
     visits_gmem: Any = None  # see ranges.table
     order_gmem: Any = None  # see ranges.longest_first
+    listed_gmem: Any = None  # this and the next two: see sparsity
+    bits_gmem: Any = None
+    bits_smem: Any = None
+    drop_gmem: Any = None  # [B, H, 2, rows], see dropping
+    drop_smem: Any = None
 
 
 def attention_forward(
@@ -138,7 +143,7 @@ def _features(plan: Plan, a: AttentionArrays) -> dict[str, jax.Array]:
         found["order_gmem"] = ranges.longest_first(found["visits_gmem"][..., 0], found["visits_gmem"][..., 3])
     if a.sinks is not None:
         found["sinks_gmem"] = a.sinks.astype(jnp.float32) * softmax.LOG2E
-    return found
+    return {**found, **sparsity.order(found)}
 
 
 def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
@@ -196,12 +201,13 @@ def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     lax.cond(wg < plan.tile.warpgroups, consume, produce)
 
 
-def _keys(plan: Plan, refs: Refs, work: Work) -> Range:
+def _visits(plan: Plan, refs: Refs, work: Work) -> Visits:
     """The key blocks of a tile: at least one, wholly masked if need be, so that no role has an empty case."""
     t = plan.tile
     keys = query_rows.key_blocks(plan.problem, refs, work, t.rows, t.block_kv)
     last = jnp.minimum(keys.lo, -(-plan.problem.Sk // t.block_kv) - 1)
-    return keys._replace(lo=last, hi=jnp.maximum(keys.hi, last + 1))
+    keys = keys._replace(lo=last, hi=jnp.maximum(keys.hi, last + 1))
+    return sparsity.visits(plan.problem, refs, work, keys, least=1)
 
 
 def _producer(plan: Plan, refs: Refs, cta) -> None:
@@ -217,7 +223,7 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
     """Copies the operands of a tile; `done` counts the key blocks of earlier tiles, which fix ring slots."""
     t = plan.tile
     work = schedule.placed(work, refs.order_gmem)
-    keys = _keys(plan, refs, work)
+    visits = _visits(plan, refs, work)
     kv_head = lax.div(work.h, jnp.int32(plan.problem.group))
 
     if plan.schedule.persistent:
@@ -227,16 +233,20 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
         row = work.block * t.rows + w * 64
         refs.q_smem.load(refs.q_gmem, work.b, row, work.h, w, refs.q_full)
         query_rows.load(refs, work.b, row, w, refs.q_full)
+        dropping.load(refs, work.b, work.h, row, w, refs.q_full)
 
     def load(step, smem, gmem, full, empty):
         slot = lax.rem(done + step, t.stages)
         pl.when(done + step >= t.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-        smem.load(gmem, work.b, (keys.hi - 1 - step) * t.block_kv, kv_head, slot, full.at[slot])
+        block, _ = visits.at(step)
+        smem.load(gmem, work.b, block * t.block_kv, kv_head, slot, full.at[slot])
 
     def load_keys(step):
         load(step, refs.k_smem, refs.k_gmem, refs.k_full, refs.k_empty)
         slot = lax.rem(done + step, t.stages)
-        query_rows.load_keys(refs, work.b, (keys.hi - 1 - step) * t.block_kv, slot, refs.k_full.at[slot])
+        block, _ = visits.at(step)
+        query_rows.load_keys(refs, work.b, block * t.block_kv, slot, refs.k_full.at[slot])
+        sparsity.load(refs, work.b, work.h, work.block, block, slot, refs.k_full.at[slot])
 
     def load_values(step):
         load(step, refs.v_smem, refs.v_gmem, refs.v_full, refs.v_empty)
@@ -246,11 +256,10 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
         load_values(step - 1)
 
     # Keys a step ahead of values, as the consumers take them: neither waits for room for the other.
-    steps = keys.hi - keys.lo
     load_keys(0)
-    lax.fori_loop(1, steps, load_block, None)
-    load_values(steps - 1)
-    return done + steps
+    lax.fori_loop(1, visits.steps, load_block, None)
+    load_values(visits.steps - 1)
+    return done + visits.steps
 
 
 def _consumer(plan: Plan, refs: Refs, cta, wg) -> None:
@@ -264,11 +273,14 @@ def _consumer(plan: Plan, refs: Refs, cta, wg) -> None:
 def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
     """Attention of this consumer's 64 rows; returns the key blocks done so far."""
     work = schedule.placed(work, refs.order_gmem)
-    keys = _keys(plan, refs, work)
+    visits = _visits(plan, refs, work)
     plgpu.barrier_wait(refs.q_full)
     first = work.block * plan.tile.rows + wg * 64
-    rows = Rows(wg, done, _start(refs, work), query_rows.read(refs, work, wg, first, keys))
-    steps = keys.hi - keys.lo
+    drop = dropping.read(refs, wg, softmax.ROWS)
+    if drop is not None:
+        plgpu.commit_smem()  # TMA brings those of the next tile
+    rows = Rows(wg, done, _start(refs, work), query_rows.read(refs, work, wg, first, visits.range), visits, drop)
+    steps = visits.steps
     carry = lax.fori_loop(1, steps, functools.partial(_step, plan, refs, rows), _first(plan, refs, rows))
     if not plan.tile.out_in_q:
         plgpu.barrier_arrive(refs.q_empty)
@@ -294,10 +306,8 @@ class Rows(NamedTuple):
     done: Any
     start: Softmax  # before any key
     queries: QueryRows
-
-    def block(self, step):
-        """The key block of a step, last first."""
-        return self.queries.keys.hi - 1 - step
+    visits: Visits
+    drop: Any  # the keys of dropout
 
 
 class Carry(NamedTuple):
@@ -319,9 +329,7 @@ def _first(plan: Plan, refs: Refs, rows: Rows) -> Carry:
         return s_acc[...]
 
     s = pl.run_scoped(product, plgpu.ACC((64, t.block_kv), jnp.float32))
-    ids = query_rows.key_ids(refs, slot)
-    plgpu.barrier_arrive(refs.k_empty.at[slot])
-    state, weights, _ = _softmax(plan, rows, 0, rows.start, s, ids)
+    state, weights, _ = _softmax(plan, refs, rows, 0, slot, rows.start, s)
     acc = plgpu.layout_cast(jnp.zeros((64, tiles.padded(p.Dv)), jnp.float32), WGMMA)
     return Carry(acc, weights, state)
 
@@ -342,9 +350,7 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
         if plan.takes_turns:
             plan.turn.arrive(refs.turn, barriers.following(rows.wg, t.warpgroups))
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
-        ids = query_rows.key_ids(refs, k_slot)
-        plgpu.barrier_arrive(refs.k_empty.at[k_slot])
-        state, weights, fade = _softmax(plan, rows, step, carry.state, s, ids)
+        state, weights, fade = _softmax(plan, refs, rows, step, k_slot, carry.state, s)
         acc = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
         plgpu.barrier_arrive(refs.v_empty.at[v_slot])
         return Carry(softmax.faded(acc, fade, t.lazy, plan.interpret), weights, state)
@@ -367,19 +373,22 @@ def _last(plan: Plan, refs: Refs, step, carry: Carry) -> jax.Array:
     return acc
 
 
-def _softmax(plan: Plan, rows: Rows, step, state: Softmax, products, ids):
-    """Takes a tile of q k^T into the running softmax."""
-    p = plan.problem
-    s, factor, _ = query_rows.scored(p, rows.queries, rows.block(step), products, ids, plan.interpret)
-    guarded = not query_rows.sees_all(p, plan.tile.block_kv)
-    state, weights, fade = softmax.step(state, s, factor, guarded, plan.tile.lazy)
-    return state, weights.astype(p.dtype), fade
+def _softmax(plan: Plan, refs: Refs, rows: Rows, step, slot, state: Softmax, products):
+    """Takes a tile of q k^T into the running softmax, and gives the room of its keys back."""
+    p, t = plan.problem, plan.tile
+    visit = rows.visits.at(step)
+    release = functools.partial(plgpu.barrier_arrive, refs.k_empty.at[slot])
+    s, factor, _ = query_rows.from_slot(p, refs, rows.queries, rows.wg, slot, visit, products, plan.interpret, release)
+    guarded = not query_rows.sees_all(p, t.block_kv)
+    state, weights, fade = softmax.step(state, s, factor, guarded, t.lazy)
+    weights = dropping.of_rows(p, weights, rows.drop, visit[0] * t.block_kv, plan.interpret)
+    return state, dropping.kept(p, weights).astype(p.dtype), fade
 
 
 def _epilogue(plan: Plan, refs: Refs, wg, work: Work, acc, state: Softmax) -> None:
     """Divides and writes out; the copy runs on under the next tile."""
     inverse, lse = softmax.finish(state)
-    out = acc * softmax.over_columns(inverse, acc.shape)
+    out = acc * softmax.over_columns(dropping.scaled(plan.problem, inverse), acc.shape)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     refs.out_smem.write(wg, out.astype(plan.problem.dtype))
     refs.lse_smem[wg] = lse

@@ -6,6 +6,7 @@ asked for are None in `refs` and leave nothing in the kernel.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat
-from pallas_kernels.parts import masking, query_rows, ranges, scores, softmax, tma
+from pallas_kernels.parts import dropping, masking, query_rows, ranges, scores, softmax, sparsity, tma
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Work
 from pallas_kernels.parts.scores import Scores
+from pallas_kernels.parts.sparsity import Visits
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
 
 
@@ -34,13 +36,15 @@ def inputs(p: AttentionProblem, a: AttentionArrays, block: Block) -> dict[str, j
     found = query_rows.inputs(p, a, block.q, block.kv)
     if "visits_gmem" in found:
         found["visitors_gmem"] = ranges.visitors(found["visits_gmem"], -(-p.Sk // block.kv))
-    return found
+    return {**found, **sparsity.by_key(p, a, block.kv, block.q)}
 
 
 def order(features: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The order of a call's key blocks where it is known at run time only, see `schedule.placed`."""
-    visitors = features.get("visitors_gmem")
-    return {} if visitors is None else {"order_gmem": ranges.longest_first(visitors[..., 0], visitors[..., 1])}
+    if "visitors_gmem" not in features or "listed_gmem" in features:
+        return sparsity.order(features)
+    visitors = features["visitors_gmem"]
+    return {"order_gmem": ranges.longest_first(visitors[..., 0], visitors[..., 1])}
 
 
 def scratch(p: AttentionProblem, stages: int, block: Block) -> dict[str, Any]:
@@ -50,12 +54,12 @@ def scratch(p: AttentionProblem, stages: int, block: Block) -> dict[str, Any]:
         found["q_ids_smem"] = plgpu.SMEM((stages, block.q), jnp.int32)
     if p.key_ranges:
         found["limits_smem"] = plgpu.SMEM((stages, 2, block.q), jnp.int32)
-    return found
+    return {**found, **dropping.scratch(p, stages, block.q), **sparsity.scratch(p, stages, block.kv, block.q)}
 
 
 def copies(p: AttentionProblem) -> tuple[int, int]:
-    """How often `load` and `load_keys` arrive at their barrier."""
-    return int(p.segments) + int(p.key_ranges), int(p.segments)
+    """How often copies for a block of queries, and for the keys, arrive at their barrier."""
+    return int(p.segments) + int(p.key_ranges) + dropping.copies(p) + sparsity.copies(p), int(p.segments)
 
 
 def load(refs, b, row, slot, barrier, block: Block) -> None:
@@ -76,15 +80,20 @@ def load_keys(refs, b, row, barrier, block: Block) -> None:
 
 
 class Walk(NamedTuple):
-    """The query blocks of a CTA: those of `rows`, for each query head of the group in turn."""
+    """The query blocks of a CTA: those of `rows`, for each query head of the group in turn, or those of its list."""
 
     rows: Range
     steps: jax.Array
     first_head: jax.Array
     group: int
+    blocks: int = 0  # this and the next are of a list: query blocks of a head
+    visits: Visits | None = None
 
     def at(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Query head and query block of a step."""
+        if self.visits is not None:
+            place, _ = self.visits.at(step)
+            return self.first_head + lax.div(place, jnp.int32(self.blocks)), lax.rem(place, jnp.int32(self.blocks))
         if self.group == 1:
             return self.first_head, self.rows.lo + step
         each = jnp.maximum(self.rows.hi - self.rows.lo, 1)
@@ -93,6 +102,9 @@ class Walk(NamedTuple):
 
 def walk(p: AttentionProblem, refs, work: Work, block: Block) -> Walk:
     rows = _query_blocks(p, refs, work, block)
+    if sparsity.is_listed(p):
+        visits = sparsity.visits(p, refs, work, rows)
+        return Walk(rows, visits.steps, work.h * p.group, p.group, -(-p.Sq // block.q), visits)
     return Walk(rows, (rows.hi - rows.lo) * p.group, work.h * p.group, p.group)
 
 
@@ -113,6 +125,11 @@ class KeyRows(NamedTuple):
     block: Block
     offset: Any
 
+    @property
+    def first(self):
+        """The number of the first key."""
+        return self.work.block * self.block.kv + self.offset
+
 
 def scored(p: AttentionProblem, refs, rows: KeyRows, step, slot, products, interpret: _compat.Interpret) -> Scores:
     """The scores of the query block of a step from products k q^T [64, block_q], -inf where one is not seen."""
@@ -121,10 +138,24 @@ def scored(p: AttentionProblem, refs, rows: KeyRows, step, slot, products, inter
         s = _hide(p, rows, step, s, interpret)
     else:
         s = _hide_by_limits(refs, rows, step, slot, s)
-    if refs.kv_ids_smem is not None:
-        key_ids = _compat.load(refs.kv_ids_smem.at[pl.ds(rows.offset, 64)], softmax.ROWS)
-        s = masking.hide_other_segments(s, key_ids, _compat.load(refs.q_ids_smem.at[slot], masking.COLUMNS))
+    if rows.walk.visits is not None:
+        _, whole = rows.walk.visits.at(step)
+        s = lax.cond(whole, lambda s: s, functools.partial(_hide_some, refs, rows, slot, interpret), s)
+    elif refs.kv_ids_smem is not None:
+        s = masking.hide_other_segments(s, *_ids(refs, rows, slot))
     return Scores(s, factor, slope)
+
+
+def _ids(refs, rows: KeyRows, slot):
+    """The segment ids of the keys and of a block of queries, in registers."""
+    of_keys = _compat.load(refs.kv_ids_smem.at[pl.ds(rows.offset, 64)], softmax.ROWS)
+    return of_keys, _compat.load(refs.q_ids_smem.at[slot], masking.COLUMNS)
+
+
+def _hide_some(refs, rows: KeyRows, slot, interpret: _compat.Interpret, s) -> jax.Array:
+    """-inf where the mask or the segment ids hide a score."""
+    ids = (None, None) if refs.kv_ids_smem is None else _ids(refs, rows, slot)
+    return sparsity.hide(s, sparsity.read(refs, slot, lax.div(rows.offset, 64)), *ids, interpret)
 
 
 def _modify(p: AttentionProblem, refs, rows: KeyRows, step, products, interpret: _compat.Interpret) -> Scores:

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat
-from pallas_kernels.parts import masking, ranges, scores, softmax, tma
+from pallas_kernels.parts import dropping, masking, ranges, scores, softmax, sparsity, tma
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Work
 from pallas_kernels.parts.scores import Scores
@@ -34,7 +34,7 @@ def inputs(p: AttentionProblem, a: AttentionArrays, rows: int, block_kv: int) ->
     if a.key_ranges is not None:
         found["limits_gmem"] = ranges.limits(a.key_ranges, rows)
         found["visits_gmem"] = ranges.table(a.key_ranges, rows, block_kv, p.Sk)
-    return found
+    return {**found, **dropping.inputs(p, a, rows), **sparsity.by_query(p, a, rows, block_kv)}
 
 
 def scratch(p: AttentionProblem, warpgroups: int, stages: int, block_kv: int) -> dict[str, Any]:
@@ -44,12 +44,14 @@ def scratch(p: AttentionProblem, warpgroups: int, stages: int, block_kv: int) ->
         found["kv_ids_smem"] = plgpu.SMEM((stages, block_kv), jnp.int32)
     if p.key_ranges:
         found["limits_smem"] = plgpu.SMEM((warpgroups, 2, 64), jnp.int32)
-    return found
+    tiles = sparsity.scratch(p, stages, 64 * warpgroups, block_kv)
+    return {**found, **dropping.scratch(p, warpgroups, 64), **tiles}
 
 
 def copies(p: AttentionProblem) -> tuple[int, int]:
-    """How often `load` and `load_keys` arrive at their barrier."""
-    return int(p.segments) + int(p.key_ranges), int(p.segments)
+    """How often copies for rows, and for a block of keys, arrive at their barrier."""
+    of_rows = int(p.segments) + int(p.key_ranges) + dropping.copies(p)
+    return of_rows, int(p.segments) + sparsity.copies(p)
 
 
 def load(refs, b, row, w, barrier) -> None:
@@ -111,8 +113,34 @@ def key_ids(refs, slot):
 
 def sees_all(p: AttentionProblem, block_kv: int) -> bool:
     """Whether every row sees every key of every block, so that nothing is ever -inf."""
-    limited = p.left is not None or p.right is not None or p.key_ranges or p.segments
+    limited = p.left is not None or p.right is not None or p.key_ranges or p.segments or p.mask_shape is not None
     return not limited and p.Sk % block_kv == 0
+
+
+def from_slot(
+    p: AttentionProblem, refs, rows: QueryRows, part, slot, visit, products, interpret: _compat.Interpret, release
+) -> Scores:
+    """`scored` for the rows of that number and the keys in a slot; calls `release` when it is done with the slot.
+
+    visit: the number of the key block, and whether its list says that nothing of it is hidden.
+    """
+    block, whole = visit
+    if whole is None:
+        ids = key_ids(refs, slot)
+        release()
+        return scored(p, rows, block, products, ids, interpret)
+    found = scored(p, rows, block, products, None, interpret)
+    hide = functools.partial(_hide_some, refs, rows, part, slot, interpret)
+    s = lax.cond(whole, lambda s: s, hide, found.s)
+    plgpu.commit_smem()  # TMA refills the slot
+    release()
+    return found._replace(s=s)
+
+
+def _hide_some(refs, rows: QueryRows, part, slot, interpret: _compat.Interpret, s) -> jax.Array:
+    """-inf where the mask or the segment ids hide a score."""
+    ids = None if refs.kv_ids_smem is None else _compat.load(refs.kv_ids_smem.at[slot], masking.COLUMNS)
+    return sparsity.hide(s, sparsity.read(refs, slot, part), rows.ids, ids, interpret)
 
 
 def scored(p: AttentionProblem, rows: QueryRows, block, products, ids, interpret: _compat.Interpret) -> Scores:

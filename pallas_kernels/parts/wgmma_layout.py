@@ -6,6 +6,7 @@ then over the rows. So a column less `first_column()` is a constant, which costs
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -34,8 +35,9 @@ def tile(shape: tuple[int, int], element: Callable[[tuple, int, int, int], ir.Va
 
 
 def integer(x: int) -> ir.Value:
+    """A 32-bit constant, signed or unsigned."""
     i32 = ir.IntegerType.get_signless(32)
-    return arith.constant(i32, ir.IntegerAttr.get(i32, x))
+    return arith.constant(i32, ir.IntegerAttr.get(i32, (x + 2**31) % 2**32 - 2**31))
 
 
 def real(x: float) -> ir.Value:
@@ -48,3 +50,29 @@ def scalar(register: ir.Value, e: int = 0) -> ir.Value:
     if not isinstance(register.type, ir.VectorType):
         return register
     return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([e]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+    """A 32-bit register with the operators that uint32 has in jnp."""
+
+    value: ir.Value
+
+    def __add__(self, other) -> Word:
+        return Word(arith.addi(self.value, _word(other)))
+
+    def __mul__(self, other) -> Word:
+        return Word(arith.muli(self.value, _word(other)))
+
+    def __xor__(self, other) -> Word:
+        return Word(arith.xori(self.value, _word(other)))
+
+    def __rshift__(self, other) -> Word:
+        return Word(arith.shrui(self.value, _word(other)))
+
+    def __ge__(self, other) -> ir.Value:
+        return arith.cmpi(arith.CmpIPredicate.uge, self.value, _word(other))
+
+
+def _word(x) -> ir.Value:
+    return x.value if isinstance(x, Word) else integer(int(x))

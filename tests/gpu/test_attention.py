@@ -1,11 +1,15 @@
 """The Hopper kernels against the oracle, on the device."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jflash import flash_attention, flash_attention_varlen
+from pallas_kernels import unproven
+from tests.masks import blocks
 from tests.oracle import assert_matches_oracle, inputs
 from tests.varlen.rule import assert_follows, by_sequence, cu_seqlens, packed
 
@@ -68,6 +72,44 @@ FEATURES = {
 def test_features(name):
     shape, options = FEATURES[name]
     assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), options, "hopper")
+
+
+DROPOUT = dict(dropout_rate=0.2, dropout_key=jax.random.key(7))
+ORDERED = tuple(jnp.sort(ids, axis=1) for ids in SEGMENTS)
+
+
+UNPROVEN = {
+    "dropout": (dict(Sq=1000, H=4, Hk=2, D=128), dict(causal=True, **DROPOUT)),
+    "dropout_D64": (dict(B=2, Sq=700, Sk=900, H=2, D=64), dict(softcap=5.0, **DROPOUT)),
+    "dropout_many_tiles_D64": (dict(B=8, Sq=1024, H=8, Hk=2, D=64), dict(causal=True, **DROPOUT)),
+    "dropout_D256": (dict(Sq=500, H=4, Hk=2, D=256), dict(causal=True, softcap=5.0, **DROPOUT)),
+    "dropout_D192": (dict(Sq=517, H=2, D=192, Dv=128), DROPOUT),
+    "dropout_deterministic": (dict(Sq=700, H=2, D=128), dict(deterministic=True, **DROPOUT)),
+    "mask": (dict(Sq=1000, Sk=1200, H=4, Hk=2, D=128), dict(causal=True, mask=blocks(1, 4, 1000, 1200, size=128))),
+    "mask_aligned": (dict(B=2, Sq=1024, H=2, D=128), dict(mask=blocks(2, 1, 1024, 1024, size=256))),
+    "mask_D64": (dict(B=2, Sq=700, Sk=900, H=2, D=64), dict(mask=blocks(2, 1, 700, 900, size=100))),
+    "mask_many_tiles_D64": (dict(B=8, Sq=1024, H=8, Hk=2, D=64), dict(mask=blocks(8, 1, 1024, 1024, size=128))),
+    "mask_of_keys": (dict(B=2, Sq=700, Sk=900, D=128), dict(mask=blocks(2, 1, 1, 900, size=70))),
+    "mask_of_queries": (dict(B=2, Sq=700, Sk=300, H=2, Hk=1, D=64), dict(mask=blocks(1, 2, 700, 1, size=40))),
+    "mask_D256": (dict(Sq=500, Sk=640, H=2, Hk=1, D=256), dict(mask=blocks(1, 2, 500, 640), **DROPOUT)),
+    "mask_deterministic": (
+        dict(B=2, Sq=700, Sk=900, D=64, sinks=True),
+        dict(deterministic=True, mask=blocks(2, 1, 700, 900), segment_ids=SEGMENTS),
+    ),
+    "nothing_is_seen": (dict(Sq=300, H=1, D=128), dict(mask=jnp.zeros((1, 1, 300, 300), bool))),
+    "segments": (dict(B=2, Sq=700, Sk=900, D=128), dict(segment_ids=SEGMENTS)),
+    "ordered_segments": (dict(B=2, Sq=700, Sk=900, H=4, Hk=2, D=128), dict(segment_ids=ORDERED)),
+    "ordered_segments_D64": (dict(B=2, Sq=700, Sk=900, D=64), dict(causal=True, segment_ids=ORDERED)),
+    "ordered_segments_D256": (dict(B=2, Sq=700, Sk=900, D=256), dict(segment_ids=ORDERED)),
+}
+
+
+@pytest.mark.parametrize("name", UNPROVEN)
+def test_features_to_be_proven(name):
+    shape, options = UNPROVEN[name]
+    jax.clear_caches()
+    with mock.patch.object(unproven, "FEATURES", set()):
+        assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), options, "hopper")
 
 
 PACKED = {

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jflash import backends, flash_attention, flash_attention_varlen
-from pallas_kernels import _compat, hopper
+from pallas_kernels import _compat, hopper, unproven
 
 CALLS = {
     "D128": (dict(D=128), {}),
@@ -21,6 +21,22 @@ CALLS = {
     "D128_softcap": (dict(D=128), dict(causal=True, softcap=20.0)),
     "D128_alibi": (dict(D=128), dict(causal=True, alibi_slopes=jnp.ones(16))),
     "D128_segments": (dict(D=128), dict(causal=True, segment_ids=jnp.zeros((2, 2048), jnp.int32))),
+    "D128_dropout": (dict(D=128), dict(causal=True, dropout_rate=0.1, dropout_key=jax.random.key(0))),
+    "D128_mask": (dict(D=128), dict(causal=True, mask=(2, 1, 2048, 2048))),
+    "D64_dropout": (dict(D=64), dict(dropout_rate=0.1, dropout_key=jax.random.key(0))),
+    "D64_mask": (dict(D=64, S=1001), dict(mask=(1, 16, 1, 1001))),
+    "D256_dropout": (dict(D=256), dict(dropout_rate=0.1, dropout_key=jax.random.key(0))),
+    "D256_mask": (dict(D=256, S=1001), dict(mask=(2, 1, 1001, 1001))),
+    "D128_deterministic_mask": (
+        dict(D=128),
+        dict(
+            deterministic=True,
+            dropout_rate=0.1,
+            dropout_key=jax.random.key(0),
+            mask=(2, 1, 1, 2048),
+            segment_ids=jnp.zeros((2, 2048), jnp.int32),
+        ),
+    ),
     "D64_softcap": (dict(D=64), dict(softcap=20.0)),
     "D64_alibi": (dict(D=64, S=1001), dict(alibi_slopes=jnp.ones((2, 16)))),
     "D64_segments": (dict(D=64), dict(segment_ids=jnp.zeros((2, 2048), jnp.int32))),
@@ -54,12 +70,14 @@ def shapes(*, B=2, S=2048, H=16, Hk=None, D, Dv=None, sinks=False, dtype=jnp.bfl
 
 
 def forward_and_backward(options: dict):
-    """out, lse and the gradients of q, k, v and sinks, by the Hopper kernels."""
+    """out, lse and the gradients of q, k, v and sinks, by the Hopper kernels. A mask is given by its shape."""
 
     def run(qkv, sinks, d_out, d_lse):
+        arrays = {"mask": jnp.broadcast_to(d_lse[0, 0, 0] > 0, options["mask"])} if "mask" in options else {}
+
         def attend(qkv, sinks):
             call = packed if "sequences" in options else flash_attention
-            return call(*qkv, sinks=sinks, **options, return_lse=True, implementation="hopper")
+            return call(*qkv, sinks=sinks, **{**options, **arrays}, return_lse=True, implementation="hopper")
 
         outputs, pull = jax.vjp(attend, qkv, sinks)
         return outputs, pull((d_out, d_lse))
@@ -76,8 +94,11 @@ def packed(q, k, v, *, sequences: int, **options):
 
 @contextlib.contextmanager
 def on_hopper():
-    """A context in which calls think they will run on one."""
-    with mock.patch.object(backends, "target_of", return_value=hopper.TARGET):
+    """A context in which calls think they will run on one, and that all the kernels can do is proven."""
+    with (
+        mock.patch.object(backends, "target_of", return_value=hopper.TARGET),
+        mock.patch.object(unproven, "FEATURES", set()),
+    ):
         yield
 
 

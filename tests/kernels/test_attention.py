@@ -8,11 +8,18 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jflash import why_not
+from pallas_kernels import unproven
 from pallas_kernels.parts import schedule
 from tests.kernels.interpreted import hopper_on_the_cpu
+from tests.masks import blocks
 from tests.oracle import assert_matches_oracle, inputs
+
+DROPOUT = dict(dropout_rate=0.3, dropout_key=jax.random.key(7))
+
 
 SEGMENTS = tuple(jax.random.randint(jax.random.key(n), (2, length), 0, 3) for n, length in enumerate((200, 300)))
 CASES = {
@@ -50,6 +57,23 @@ CASES = {
     ),
     "segments": (dict(Sq=256, H=1, D=128), dict(causal=True, segment_ids=jnp.repeat(jnp.arange(4), 64)[None])),
     "segments_D64": (dict(B=2, Sq=200, Sk=300, H=1, D=64), dict(segment_ids=SEGMENTS)),
+    "dropout": (dict(Sq=150, Sk=200, H=2, Hk=1, D=128), dict(causal=True, **DROPOUT)),
+    "dropout_D64": (dict(B=2, Sq=200, H=1, D=64), dict(softcap=5.0, **DROPOUT)),
+    "dropout_D256": (dict(Sq=128, H=2, Hk=1, D=256), dict(causal=True, softcap=5.0, **DROPOUT)),
+    "dropout_deterministic": (dict(Sq=150, H=1, D=64), dict(deterministic=True, **DROPOUT)),
+    "mask": (dict(Sq=256, Sk=512, H=2, Hk=1, D=128), dict(causal=True, mask=blocks(1, 2, 256, 512, size=128))),
+    "mask_D64": (dict(B=2, Sq=300, Sk=270, H=1, D=64), dict(mask=blocks(2, 1, 300, 270, size=100))),
+    "mask_of_keys": (dict(B=2, Sq=200, Sk=300, H=1, D=128), dict(mask=blocks(2, 1, 1, 300, size=70))),
+    "mask_of_queries": (dict(B=2, Sq=300, Sk=130, H=2, Hk=1, D=64), dict(mask=blocks(1, 2, 300, 1, size=40))),
+    "mask_D256": (dict(Sq=192, Sk=256, H=2, Hk=1, D=256), dict(mask=blocks(1, 2, 192, 256), **DROPOUT)),
+    "mask_deterministic": (
+        dict(B=2, Sq=200, Sk=300, H=1, D=64, sinks=True),
+        dict(deterministic=True, mask=blocks(2, 1, 200, 300), segment_ids=SEGMENTS),
+    ),
+    "segments_in_order": (
+        dict(Sq=384, H=2, Hk=1, D=128),
+        dict(causal=True, segment_ids=jnp.asarray(np.repeat([3, 4, 9, 9], [130, 60, 150, 44]))[None]),
+    ),
 }
 OLD = jax.__version_info__ < (0, 11)
 RUN = {"full", "grouped_D64"} if OLD else CASES
@@ -60,6 +84,25 @@ def test_matches_oracle(name):
     shape, options = CASES[name]
     with hopper_on_the_cpu():
         assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), options, "hopper")
+
+
+@pytest.mark.skipif(OLD, reason="slow on this JAX")
+def test_segments_without_lists():
+    """As they are dispatched until the lists are proven on a GPU."""
+    shape, options = CASES["segments_D64"]
+    with hopper_on_the_cpu(), mock.patch.object(unproven, "FEATURES", {"segment skipping"}):
+        assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), options, "hopper")
+
+
+@pytest.mark.parametrize("feature", ["dropout", "mask"])
+def test_what_no_gpu_has_run_is_not_dispatched_to(feature):
+    q, k, v = (jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16) for _ in range(3))
+    options = {"dropout": DROPOUT, "mask": dict(mask=blocks(1, 1, 128, 128))}[feature]
+    with mock.patch.object(unproven, "FEATURES", {feature}):
+        reason = why_not(q, k, v, implementation="hopper", target="sm_90", **options)
+    assert reason == f"{feature} is in the kernels, but not yet proven on a GPU"
+    with mock.patch.object(unproven, "FEATURES", set()):
+        assert why_not(q, k, v, implementation="hopper", target="sm_90", **options) is None
 
 
 @pytest.mark.skipif(OLD, reason="slow on this JAX")

