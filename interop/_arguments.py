@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from interop.operands import Options
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 
@@ -167,6 +169,13 @@ def window(x) -> tuple[int, int]:
     if not isinstance(x, (tuple, list)) or len(x) != 2:
         raise TypeError(f"window_size={x!r} must be a pair (left, right)")
     return _side("left", x[0]), _side("right", x[1])
+
+
+def options(scale, causal, window_size, cap, dropout, deterministic) -> Options:
+    """The static arguments that the functions of flash_attn share."""
+    left, right = window(window_size)
+    scale = None if scale is None else number("softmax_scale", scale)
+    return Options(scale, left, 0 if causal else right, softcap(cap), dropout_p(dropout), bool(deterministic))
 
 
 def _side(name: str, x) -> int:

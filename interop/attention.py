@@ -25,19 +25,19 @@ def attention(
     segment_ids: tuple[Tensor, Tensor] | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    key_ranges: Tensor | None = None,
     with_lse: bool = False,
 ) -> tuple[Tensor, Any]:
     """(out, lse) of `jflash::attention_forward`, differentiable in all but alibi_slopes.
 
     attn_mask is bool, True = visible, or floating and added; bias is added too. Both broadcast to
     [B, H, Sq, Sk]. segment_ids are integers for the queries [B, Sq] and for the keys [B, Sk]; sinks and
-    alibi_slopes are [H] or [B, H]. cu_seqlens int32 [1, 2, N + 1] says where packed sequences start; alibi_slopes
+    alibi_slopes are [H] or [B, H]. key_ranges is of `interop.key_ranges` and has the window in it; alibi_slopes
     may then be [1, H, Sq]. Without with_lse lse may be None.
     """
     if torch.are_deterministic_algorithms_enabled():
         options = options._replace(deterministic=True)
-    if attn_mask is bias is segment_ids is alibi_slopes is sinks is cu_seqlens is None:
+    if attn_mask is bias is segment_ids is alibi_slopes is sinks is key_ranges is None:
         found = _repeated(q, k, v, options, with_lse)
         if found is not None:
             return found
@@ -65,7 +65,7 @@ def attention(
         kv_segment_ids=kv_ids,
         alibi_slopes=None if alibi_slopes is None else _arguments.slopes(alibi_slopes, q),
         dropout_seed=draw_seed(q.device) if options.dropout_p else None,
-        cu_seqlens=cu_seqlens,
+        key_ranges=key_ranges,
     )
     return _function().apply(*operands, *options)
 
@@ -74,24 +74,27 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor, options: Options, with_lse: bool)
     """The results of a call like one that torch has launched, so that all about it has been checked; else None."""
     if not _are_plain(q, k, v):
         return None
-    operands = Operands(q, k, v)
-    call = direct.signature("forward", operands, options)
+    operands = q, k, v
+    launch = direct.launches.get(direct.signature("forward", operands, options))
+    if launch is None:
+        return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Repeated.apply(q, k, v, options, call) if direct.launches.get(call) else None
-    found = direct.again(call, operands, first=not with_lse)
-    return None if found is None else (found[0], found[1] if with_lse else None)
+        return _Repeated.apply(q, k, v, options, launch)
+    return tuple(launch(operands)) if with_lse else (launch.first(operands), None)
 
 
-def _are_plain(*tensors) -> bool:
+_PLAIN = {Tensor, type(None)}
+
+
+def _are_plain(*tensors: Tensor | None) -> bool:
     """Whether the operator would do nothing but run: nobody transforms, traces or records calls."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if is_in_torch_dispatch_mode() or torch._C._get_tracing_state() or torch.autograd.profiler._is_profiler_enabled:
         return False
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or torch._C._is_any_autocast_enabled():
         return False
-    casts = torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
-    return not casts and all(type(x) is Tensor for x in tensors)
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 def autocast(*tensors: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
@@ -129,7 +132,7 @@ class _Traced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out, d_lse):
-        return _gradients(ctx, d_out, d_lse)
+        return _cotangents(ctx, d_out, d_lse)
 
 
 class _Eager(_Traced):
@@ -141,18 +144,27 @@ class _Eager(_Traced):
 
 
 class _Repeated(_Eager):
-    """For a call that has been launched before: fewer arguments, half the time."""
+    """For a call that torch has launched before, in half the time."""
 
     @staticmethod
-    def forward(ctx, q, k, v, options, call):
-        operands = Operands(q, k, v)
-        out, lse = direct.launches[call](operands)
-        _save(ctx, (*operands, *options), (out, lse))
+    def forward(ctx, q, k, v, options, launch):
+        out, lse = launch((q, k, v))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, d_out, d_lse):
-        return *_gradients(ctx, d_out, d_lse)[:3], None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        tensors = d_out, d_lse, out, lse, q, k, v
+        if d_out is not None and not torch.is_grad_enabled() and _are_plain(*tensors):
+            found = direct.again(direct.signature("backward", tensors, ctx.options, False), tensors)
+            if found is not None:
+                return *found, None, None
+        needs = Operands(*ctx.needs_input_grad[:3])
+        grads = _gradients(Operands(q, k, v), ctx.options, (d_out, d_lse, out, lse), needs)
+        return *grads[:3], None, None
 
 
 class _Functorch(torch.autograd.Function):
@@ -170,7 +182,7 @@ class _Functorch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out, d_lse):
-        return _gradients(ctx, d_out, d_lse)
+        return _cotangents(ctx, d_out, d_lse)
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -204,25 +216,24 @@ def _save(ctx, args, outputs) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, d_out: Tensor | None, d_lse: Tensor | None):
-    """Cotangents for the arguments of the forward."""
-    *tensors, out, lse = ctx.saved_tensors
-    rest = (None,) * (len(tensors) + len(ctx.options) - 5)
-    if d_out is None and d_lse is None:
-        return (None, None, None, None, None, *rest)
-    if d_out is None:
-        d_out = torch.zeros_like(out)
+def _cotangents(ctx, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of the arguments of the forward."""
+    *operands, out, lse = ctx.saved_tensors
     needs = Operands(*ctx.needs_input_grad[:TENSORS])
-    args = (d_out, d_lse, out, lse, *tensors, *ctx.options, needs.bias)
+    grads = _gradients(Operands(*operands), ctx.options, (d_out, d_lse, out, lse), needs)
+    return *grads, *(None,) * (TENSORS - len(grads) + len(ctx.options))
+
+
+def _gradients(x: Operands, options, rows, needs: Operands) -> tuple[Tensor | None, ...]:
+    """Of q, k, v, bias and sinks, from rows d_out, d_lse, out and lse."""
+    d_out, d_lse, out, lse = rows
+    if d_out is None and d_lse is None:
+        return (None,) * 5
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    args = (d_out, d_lse, out, lse, *x, *options, bool(needs.bias))
     differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    more = needs.bias or Operands(*tensors).sinks is not None  # gradients than of q, k, v
-    if not (differentiable or more) and _are_plain(*(x for x in (d_out, *tensors) if x is not None)):
-        call = direct.signature("backward", args[: 4 + TENSORS], Options(*ctx.options), False)
-        found = direct.again(call, args[: 4 + TENSORS])
-        if found is not None:
-            return (*found, None, None, *rest)
     *grads, d_bias, d_sinks = _FirstOrderOnly.apply(*args) if differentiable else attention_backward(*args)
-    return (*grads, d_bias if needs.bias else None, d_sinks if needs.sinks else None, *rest)
+    return (*grads, d_bias if needs.bias else None, d_sinks if needs.sinks else None)
 
 
 def _no_forward_mode():

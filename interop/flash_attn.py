@@ -12,7 +12,6 @@ from torch import Tensor
 
 from interop import _arguments
 from interop.attention import attention
-from interop.operands import Options
 
 Attention = Tensor | Any  # (out, lse, None) with return_attn_probs; Any spares other callers a cast
 
@@ -63,15 +62,7 @@ def flash_attn_func(
 
     Source: Dao, FlashAttention-2 (arXiv 2307.08691).
     """
-    left, right = _arguments.window(window_size)
-    options = Options(
-        scale=None if softmax_scale is None else _arguments.number("softmax_scale", softmax_scale),
-        left=left,
-        right=0 if causal else right,
-        softcap=_arguments.softcap(softcap),
-        dropout_p=_arguments.dropout_p(dropout_p),
-        deterministic=bool(deterministic),
-    )
+    options = _arguments.options(softmax_scale, causal, window_size, softcap, dropout_p, deterministic)
     out, lse = attention(q, k, v, options, alibi_slopes=alibi_slopes, with_lse=return_attn_probs)
     return (out, lse, None) if return_attn_probs else out
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from interop.operands import Operands, Options
 from jflash import backends
 from jflash._arguments import bind
-from jflash._key_ranges import packed
 from jflash.kv_cache import flash_attention_with_kvcache
 from pallas_kernels.parts import dropout
 from pallas_kernels.problem import AttentionProblem
@@ -24,14 +23,14 @@ programs: collections.Counter = collections.Counter()  # compiled so far, by dir
 
 
 def forward(*arrays, options: Options):
-    """(out, lse) of the `Operands` and lengths, or None, by the best backend of their device."""
+    """(out, lse) of the `Operands` by the best backend of their device."""
     return _forward(*arrays, options=options, target=backends.target_of(arrays[0]))
 
 
 def backward(*arrays, options: Options, bias_gradient: bool):
     """Gradients of q, k, v, of the bias if asked for, and of sinks if there are any.
 
-    The arrays are d_out, d_lse, out, lse, the `Operands` and lengths, or None.
+    The arrays are d_out, d_lse or None, out, lse and the `Operands`.
     """
     target = backends.target_of(arrays[0])
     return _backward(*arrays, options=options, target=target, bias_gradient=bias_gradient)
@@ -69,44 +68,26 @@ def with_cache(q, k_cache, v_cache, seqlens, leftpad, pages, alibi_slopes, *, op
 
 
 def _bind(arrays, options: Options, target: str):
-    """The problem and its arrays, from the `Operands` and lengths, or None."""
-    *operands, lengths = arrays
-    x = Operands(*operands)
+    """The problem and its arrays, from the `Operands`."""
+    x = Operands(*arrays)
     keys = None if x.dropout_seed is None else _keys(x.dropout_seed)
     segment_ids = None if x.q_segment_ids is None else (x.q_segment_ids, x.kv_segment_ids)
     problem, bound = bind(
         x.q, x.k, x.v, scale=options.scale, window=(options.left, options.right),
         softcap=options.softcap or None, bias=x.bias, mask=x.mask, sinks=_per_head(x.sinks),
-        alibi_slopes=None if x.cu_seqlens is not None else _per_head(x.alibi_slopes),
+        alibi_slopes=None if x.key_ranges is not None else _per_head(x.alibi_slopes),
         segment_ids=segment_ids, dropout_rate=options.dropout_p,
         dropout_key=None if keys is None else keys[0], deterministic=options.deterministic, target=target,
     )  # fmt: skip
-    if x.cu_seqlens is not None:  # which leave out what the lengths do
-        cu_seqlens_q, cu_seqlens_k = jnp.unstack(x.cu_seqlens, axis=1)
-        ranges, _ = jax.vmap(functools.partial(packed, problem))(cu_seqlens_q, cu_seqlens_k)
-        bound = bound._replace(key_ranges=ranges[:, 0], alibi_slopes=x.alibi_slopes)
-        alibi = x.alibi_slopes is not None
-        problem = dataclasses.replace(problem, left=None, right=None, key_ranges=True, alibi=alibi)
-    elif lengths is not None:
-        bound = bound._replace(key_ranges=_key_ranges(problem, *lengths))
-        problem = dataclasses.replace(problem, left=None, right=None, key_ranges=True)
+    if x.key_ranges is not None:
+        assert problem.left is problem.right is None, "key_ranges have the window in them"
+        bound = bound._replace(key_ranges=x.key_ranges, alibi_slopes=x.alibi_slopes)
+        problem = dataclasses.replace(problem, key_ranges=True, alibi=x.alibi_slopes is not None)
     if keys is not None:
         # One key for every batch entry but under torch.vmap, where each example may bring its own.
         seeds = jax.vmap(lambda key: dropout.batch_seeds(key, problem.B // keys.shape[0]))(keys)
         bound = bound._replace(dropout_seeds=seeds.reshape(problem.B, 2))
     return problem, bound
-
-
-def _key_ranges(p: AttentionProblem, queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """int32 [1, 3, Sq]: first and last key that each query sees, and its position, if only so many are there.
-
-    A query that is not there sees none, so that tiles of them are skipped.
-    """
-    i = jnp.arange(p.Sq, dtype=jnp.int32)
-    position = i + keys - queries
-    first = jnp.zeros_like(i) if p.left is None else jnp.maximum(position - p.left, 0)
-    last = keys - 1 if p.right is None else jnp.minimum(position + p.right, keys - 1)
-    return jnp.stack([first, jnp.where(i < queries, last, -1), position])[None]
 
 
 def takes_lengths(x: Operands, options: Options) -> bool:
@@ -119,7 +100,7 @@ def _takes_lengths(shapes, options: Options) -> bool:
     structs = [None if s is None else jax.ShapeDtypeStruct(s[0], s[1].removeprefix("torch.")) for s in shapes]
     found = []
     target = backends.target_of(structs[0])
-    jax.eval_shape(lambda *arrays: found.append(_bind((*arrays, None), options, target)[0]), *structs)
+    jax.eval_shape(lambda *arrays: found.append(_bind(arrays, options, target)[0]), *structs)
     problem = found[0]
     if problem.Sq <= _FEW:
         return True

@@ -1,8 +1,8 @@
 """Lengths rounded up, so that few programs serve them all.
 
 XLA compiles a program for fixed shapes, and a new one takes seconds. So the first lengths of a kind of call run
-as they are, and any others are padded to powers of two. The backend learns at run time how much is there: it
-computes nothing for the rest, and no position, mask or dropout moves. Only the order of sums may differ.
+as they are, and any others are padded to powers of two. The backend learns at run time which keys each query
+sees: it computes nothing for the rest, and no position, mask or dropout moves. Only the order of sums may differ.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable
 
-import torch
 from torch import Tensor
 
+from interop import key_ranges
 from interop.operands import Operands, Options
 
 _SMALLEST = 64
-first: dict[Hashable, tuple[int, int, int]] = {}  # lengths of queries and keys, packed sequences
+first: dict[Hashable, tuple[int, int]] = {}  # lengths of queries and keys
 
 
 def room(direction: str, x: Operands, options: Options) -> tuple[int, int] | None:
@@ -24,38 +24,34 @@ def room(direction: str, x: Operands, options: Options) -> tuple[int, int] | Non
     if os.environ.get("JFLASH_EXACT_LENGTHS") == "1":
         return None
     (B, Sq, H, D), (_, Sk, Hk, Dv) = x.q.shape, x.v.shape
-    exact = Sq, Sk, _sequences(x)
-    rounded = _rounded(Sq), _rounded(Sk), _power_of_two(_sequences(x))
+    exact, rounded = (Sq, Sk), (_rounded(Sq), _rounded(Sk))
     others = tuple(None if t is None else tuple(n == 1 for n in t.shape) for t in x[3:])
     kind = (direction, x.q.device, x.q.dtype, B, H, Hk, D, Dv, others, options)
-    return None if exact in (rounded, first.setdefault(kind, exact)) else rounded[:2]
+    return None if exact in (rounded, first.setdefault(kind, exact)) else rounded
 
 
 def _rounded(n: int) -> int:
     """A lone query or key stays alone."""
-    return n if n <= 1 else max(_SMALLEST, _power_of_two(n))
+    return n if n <= 1 else max(_SMALLEST, 1 << (n - 1).bit_length())
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length() if n else 0
-
-
-def _sequences(x: Operands) -> int:
-    return 0 if x.cu_seqlens is None else x.cu_seqlens.shape[2] - 1
-
-
-def pad_operands(x: Operands, Sq: int, Sk: int) -> Operands:
-    return x._replace(
+def padded(x: Operands, options: Options, Sq: int, Sk: int) -> tuple[Operands, Options]:
+    """The same call with room for Sq queries and Sk keys; its window is in its key_ranges."""
+    ranges = x.key_ranges
+    if ranges is None:
+        ranges = key_ranges.present(x.q.shape[1], x.k.shape[1], Sq, options.left, options.right, x.q.device)
+    operands = x._replace(
         q=pad(x.q, 1, Sq),
         k=pad(x.k, 1, Sk),
         v=pad(x.v, 1, Sk),
         bias=_pad_square(x.bias, Sq, Sk),
         mask=_pad_square(x.mask, Sq, Sk),
         q_segment_ids=None if x.q_segment_ids is None else pad(x.q_segment_ids, 1, Sq),
-        alibi_slopes=_pad_slopes(x.alibi_slopes, Sq),
-        cu_seqlens=_pad_sequences(x.cu_seqlens, _power_of_two(_sequences(x))),
         kv_segment_ids=None if x.kv_segment_ids is None else pad(x.kv_segment_ids, 1, Sk),
+        alibi_slopes=_pad_slopes(x.alibi_slopes, Sq),
+        key_ranges=pad(ranges, 2, Sq, -1),
     )
+    return operands, options._replace(left=-1, right=-1)
 
 
 def _pad_square(x: Tensor | None, Sq: int, Sk: int) -> Tensor | None:
@@ -72,21 +68,13 @@ def _pad_slopes(x: Tensor | None, Sq: int) -> Tensor | None:
     return x if x is None or x.dim() == 2 else pad(x, 2, Sq)
 
 
-def _pad_sequences(x: Tensor | None, N: int) -> Tensor | None:
-    """[1, 2, n + 1] with empty sequences at the end, N in all."""
-    if x is None:
-        return None
-    ends = x[:, :, -1:].expand(-1, -1, N + 1 - x.shape[2])
-    return torch.cat([x, ends], dim=2)
-
-
-def pad(x: Tensor, axis: int, size: int) -> Tensor:
-    """x with zeros behind it."""
+def pad(x: Tensor, axis: int, size: int, value: int = 0) -> Tensor:
+    """x with more of a value behind it."""
     if x.shape[axis] == size:
         return x
-    padded = x.new_zeros([size if i == axis else n for i, n in enumerate(x.shape)])
-    padded.narrow(axis, 0, x.shape[axis]).copy_(x)
-    return padded
+    found = x.new_full([size if i == axis else n for i, n in enumerate(x.shape)], value)
+    found.narrow(axis, 0, x.shape[axis]).copy_(x)
+    return found
 
 
 def cut(x: Tensor, *sizes: int) -> Tensor:
@@ -94,10 +82,3 @@ def cut(x: Tensor, *sizes: int) -> Tensor:
     for axis, size in enumerate(sizes):
         x = x.narrow(axis, 0, size)
     return x.contiguous()
-
-
-def present(x: Operands) -> Tensor:
-    """(Sq, Sk) as the backends want it, written on the device: nothing is copied from the host."""
-    lengths = torch.full((2,), x.k.shape[1], dtype=torch.int32, device=x.q.device)
-    lengths[:1].fill_(x.q.shape[1])
-    return lengths

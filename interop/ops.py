@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from interop import bridge, direct, lengths
-from interop.operands import TENSORS, Operands, Options
+from interop.operands import TENSORS, Operands, Options, given
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? q_segment_ids, "
-    "Tensor? kv_segment_ids, Tensor? alibi_slopes, Tensor? dropout_seed, Tensor? cu_seqlens, "
+    "Tensor? kv_segment_ids, Tensor? alibi_slopes, Tensor? dropout_seed, Tensor? key_ranges, "
     "float? scale, int left, int right, float softcap, float dropout_p, bool deterministic"
 )
 _library = torch.library.Library("jflash", "DEF")
@@ -32,22 +32,24 @@ attention_forward = torch.ops.jflash.attention_forward.default
 attention_backward = torch.ops.jflash.attention_backward.default
 
 
+_LENGTHS = 1, 2, 1, 2  # the axes of the queries of d_out, d_lse, out and lse
+
+
 def _forward(*args):
     """out [B, Sq, H, Dv] and lse [B, H, Sq]."""
     x, options = Operands(*args[:TENSORS]), Options(*args[TENSORS:])
-    call = direct.signature("forward", x, options)
+    call = direct.signature("forward", given(x), options)
     if (found := direct.again(call, x)) is not None:
         return tuple(found)
     if _nothing_to_see(x):
         out, lse = _empty_outputs(*x)
         return out.zero_(), lse.fill_(float("-inf"))
-    static = {"x64": _x64(x.q), "options": options}
-    if (room := _room("forward", x, options)) is None:
-        return tuple(direct.call(call, kernels().forward, (*x, None), **static))
-    operands = (*lengths.pad_operands(x, *room), lengths.present(x))
-    out, lse = bridge.call(kernels().forward, operands, **static)
-    (B, Sq, H, _) = x.q.shape
-    return lengths.cut(out, B, Sq), lengths.cut(lse, B, H, Sq)
+    (B, Sq, H, _), room = x.q.shape, _room("forward", x, options)
+    if room is not None:
+        x, options = lengths.padded(x, options, *room)
+        call = direct.signature("forward", given(x), options)
+    out, lse = direct.call(call, kernels().forward, x, x64=_x64(x.q), options=options)
+    return (out, lse) if room is None else (lengths.cut(out, B, Sq), lengths.cut(lse, B, H, Sq))
 
 
 def _backward(*args):
@@ -56,29 +58,23 @@ def _backward(*args):
     d_lse may be None for zeros.
     """
     *operands, bias_gradient = args
-    rows, x = operands[:4], Operands(*operands[4 : 4 + TENSORS])
+    rows, x, options = operands[:4], Operands(*operands[4 : 4 + TENSORS]), Options(*operands[4 + TENSORS :])
     if _nothing_to_see(x):
         return tuple(grad.zero_() for grad in _empty_gradients(x, bias_gradient))
     wanted = _wanted(x, bias_gradient)
-    options = Options(*operands[4 + TENSORS :])
-    static = {"x64": _x64(x.q), "options": options, "bias_gradient": bias_gradient}
-    call = direct.signature("backward", operands[: 4 + TENSORS], options, bias_gradient)
-    if (found := direct.again(call, (*rows, *x))) is not None:
-        pass
-    elif (room := _room("backward", x, options)) is None:
-        found = direct.call(call, kernels().backward, (*rows, *x, None), **static)
-    else:
-        d_out, d_lse, out, lse = rows
-        rows = [
-            lengths.pad(d_out, 1, room[0]),
-            None if d_lse is None else lengths.pad(d_lse, 2, room[0]),
-            lengths.pad(out, 1, room[0]),
-            lengths.pad(lse, 2, room[0]),
-        ]
-        operands = (*rows, *lengths.pad_operands(x, *room), lengths.present(x))
-        found = bridge.call(kernels().backward, operands, **static)
-        there = (t.shape for t in wanted if t is not None)
-        found = [lengths.cut(grad, *shape) for grad, shape in zip(found, there, strict=True)]
+    call = direct.signature("backward", (*rows, *given(x)), options, bias_gradient)
+    if (found := direct.again(call, (*rows, *x))) is None:
+        if (room := _room("backward", x, options)) is not None:
+            x, options = lengths.padded(x, options, *room)
+            rows = [
+                None if t is None else lengths.pad(t, axis, room[0]) for t, axis in zip(rows, _LENGTHS, strict=True)
+            ]
+            call = direct.signature("backward", (*rows, *given(x)), options, bias_gradient)
+        static = {"x64": _x64(x.q), "options": options, "bias_gradient": bias_gradient}
+        found = direct.call(call, kernels().backward, (*rows, *x), **static)
+        if room is not None:
+            there = (t.shape for t in wanted if t is not None)
+            found = [lengths.cut(grad, *shape) for grad, shape in zip(found, there, strict=True)]
     grads = iter(found)
     return tuple(x.q.new_empty(0) if t is None else next(grads) for t in wanted)
 
@@ -138,7 +134,7 @@ def _fake_backward(d_out, d_lse, out, lse, *args):
 
 def _vmap_forward(info, in_dims, *args):
     batch = _length(args[0], in_dims[0])
-    shared = {"bias", "sinks", "mask", "alibi_slopes", "cu_seqlens"}
+    shared = {"bias", "sinks", "mask", "alibi_slopes", "key_ranges"}
     tensors = _fold_operands(info.batch_size, batch, args, in_dims, shared)
     outputs = attention_forward(*tensors, *args[TENSORS:])
     return tuple(x.unflatten(0, (info.batch_size, batch)) for x in outputs), (0, 0)
@@ -149,7 +145,7 @@ def _vmap_backward(info, in_dims, *args):
     tensors, dims = Operands(*args[4 : 4 + TENSORS]), in_dims[4:]
     batch = _length(tensors.q, dims[0])
     cotangents = [_fold(n, batch, x, dim) for x, dim in zip(args[:4], in_dims, strict=False)]
-    shared = {"mask", "alibi_slopes", "cu_seqlens"} | (set() if bias_gradient else {"bias"})
+    shared = {"mask", "alibi_slopes", "key_ranges"} | (set() if bias_gradient else {"bias"})
     folded = _fold_operands(n, batch, tensors, dims, shared)
     grads = attention_backward(*cotangents, *folded, *args[4 + TENSORS :])
     unfolded, out_dims = [], []

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers import __version__ as installed
 
-from interop import _arguments
+from interop import _arguments, key_ranges
 from interop.attention import attention
 from interop.masks import Mask, Pattern, mask
 from interop.operands import Options
@@ -108,13 +108,13 @@ def attend(
     if dense is None and sliding_window is not None:
         pattern = pattern.within(sliding_window - 1, sliding_window - 1)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    cu_seqlens = _packed_by_length(q, k, cu_seq_lens_q, cu_seq_lens_k) if by_length else None
+    ranges = _packed_by_length(q, k, cu_seq_lens_q, cu_seq_lens_k, pattern) if by_length else None
     if not by_length and dense is None and pattern.segment_ids is None:
         pattern = _packed_by_position(pattern, q, k, position_ids)
     options = Options(
         scale=scaling,
-        left=pattern.left,
-        right=pattern.right,
+        left=-1 if by_length else pattern.left,
+        right=-1 if by_length else pattern.right,
         softcap=softcap or 0.0,
         dropout_p=dropout,
         deterministic=bool(deterministic),
@@ -128,7 +128,7 @@ def attend(
         bias=position_bias,
         segment_ids=pattern.segment_ids,
         sinks=s_aux,
-        cu_seqlens=cu_seqlens,
+        key_ranges=ranges,
     )
     return out, None
 
@@ -160,10 +160,10 @@ def _packed_by_position(pattern: Pattern, q: Tensor, k: Tensor, position_ids: Te
     return pattern._replace(segment_ids=(ids, ids))
 
 
-def _packed_by_length(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
-    """[1, 2, N + 1]: where N sequences start, in a batch of one."""
+def _packed_by_length(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, pattern: Pattern) -> Tensor:
+    """The key ranges of the sequences in a batch of one, within the pattern's limits."""
     if q.shape[0] != 1:
         raise ValueError(f"batch={q.shape[0]} must be 1 with cu_seq_lens_q")
     cu_q = _arguments.cu_seqlens("cu_seq_lens_q", cu_q, q[0], None)
     cu_k = _arguments.cu_seqlens("cu_seq_lens_k", cu_k, k[0], None)
-    return torch.stack([cu_q, cu_k]).to(torch.int32)[None]
+    return key_ranges.packed(cu_q, cu_k, q.shape[1], pattern.left, pattern.right)

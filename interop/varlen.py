@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from interop import _arguments
+from interop import _arguments, key_ranges
 from interop.attention import attention
 from interop.flash_attn import Attention
-from interop.operands import Options
 
 
 def flash_attn_varlen_func(
@@ -65,17 +64,10 @@ def flash_attn_varlen_func(
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k shapes {shapes} must be equal: one sequence for each")
     if alibi_slopes is not None and alibi_slopes.dim() == 2:
         alibi_slopes = _slopes_of_tokens(alibi_slopes, cu_seqlens_q, q)
-    left, right = _arguments.window(window_size)
-    options = Options(
-        scale=None if softmax_scale is None else _arguments.number("softmax_scale", softmax_scale),
-        left=left,
-        right=0 if causal else right,
-        softcap=_arguments.softcap(softcap),
-        dropout_p=_arguments.dropout_p(dropout_p),
-        deterministic=bool(deterministic),
-    )
-    cu_seqlens = torch.stack([cu_seqlens_q, cu_seqlens_k]).to(torch.int32)[None]
-    out, lse = attention(q[None], k[None], v[None], options, alibi_slopes=alibi_slopes, cu_seqlens=cu_seqlens)
+    options = _arguments.options(softmax_scale, causal, window_size, softcap, dropout_p, deterministic)
+    ranges = key_ranges.packed(cu_seqlens_q, cu_seqlens_k, q.shape[0], options.left, options.right)
+    options = options._replace(left=-1, right=-1)
+    out, lse = attention(q[None], k[None], v[None], options, alibi_slopes=alibi_slopes, key_ranges=ranges)
     return (out[0], lse[0], None) if return_attn_probs else out[0]
 
 
