@@ -64,24 +64,33 @@ def between(first, last_first, first_last, last, block: int, blocks: int) -> Ran
 
 
 def table(key_ranges: jax.Array, rows: int, block: int, Sk: int) -> jax.Array:
-    """For each block of query rows its Range of key blocks, int32 [B|1, query blocks, 4]."""
-    first, last = (in_blocks(key_ranges[:, n], rows) for n in range(2))
-    extremes = first.min(axis=2), first.max(axis=2), last.min(axis=2), last.max(axis=2)
-    return jnp.stack(between(*extremes, block, -(-Sk // block)), axis=2)
+    """For each block of query rows its Range of key blocks, int32 [B|1, query blocks, 4].
+
+    As `between` of each, in few operations: torch runs them one by one where it launches the kernels itself.
+    """
+    limits = in_blocks(key_ranges[:, :2], rows)  # [B|1, first and last, query blocks, rows]
+    least, most = limits.min(axis=3)[..., None], limits.max(axis=3)[..., None]
+    bounds = jnp.concatenate([least[:, 0], most[:, 0], least[:, 1], most[:, 1]], axis=2)
+    bounds = bounds + jnp.array([0, block - 1, 1, block], jnp.int32)
+    bounds = jnp.minimum(_floor(bounds, block), -(-Sk // block))
+    lo, full, hi = bounds[..., :1], bounds[..., 1:3], bounds[..., 3:]
+    hi = jnp.maximum(lo, hi)
+    full = jnp.clip(full, lo, hi)
+    return jnp.concatenate([lo, full[..., :1], jnp.maximum(full[..., :1], full[..., 1:]), hi], axis=2)
 
 
 def limits(key_ranges: jax.Array, rows: int) -> jax.Array:
     """The first and the last key of each query row, int32 [B|1, 2, Sq in whole blocks]."""
-    return jnp.stack([in_blocks(key_ranges[:, n], rows).reshape(key_ranges.shape[0], -1) for n in range(2)], axis=1)
+    return in_blocks(key_ranges[:, :2], rows).reshape(key_ranges.shape[0], 2, -1)
 
 
 def visitors(visits: jax.Array, blocks: int) -> jax.Array:
     """For each of `blocks` key blocks the query blocks [lo, hi) that a `table` sends to it, int32 [B|1, blocks, 2]."""
-    block = jnp.arange(blocks)[:, None]
+    block, row = jnp.arange(blocks, dtype=jnp.int32)[:, None], jnp.arange(visits.shape[1], dtype=jnp.int32)
     visited = (visits[:, None, :, 0] <= block) & (block < visits[:, None, :, 3])
-    lo = jnp.argmax(visited, axis=2)
-    hi = jnp.where(visited.any(axis=2), visited.shape[2] - jnp.argmax(visited[:, :, ::-1], axis=2), lo)
-    return jnp.stack([lo, hi], axis=2).astype(jnp.int32)
+    lo = jnp.where(visited, row, visits.shape[1]).min(axis=2)
+    hi = jnp.where(visited, row + 1, 0).max(axis=2)
+    return jnp.stack([jnp.minimum(lo, hi), hi], axis=2)
 
 
 def longest_first(lo: jax.Array, hi: jax.Array) -> jax.Array:
@@ -90,9 +99,11 @@ def longest_first(lo: jax.Array, hi: jax.Array) -> jax.Array:
 
 
 def in_blocks(x: jax.Array, rows: int) -> jax.Array:
-    """x [B, S] as [B, blocks, rows]; the last value fills up the last block."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % rows)), mode="edge")
-    return x.reshape(x.shape[0], -1, rows)
+    """x [..., S] as [..., blocks, rows]; the last value fills up the last block."""
+    missing = -x.shape[-1] % rows
+    if missing:
+        x = jnp.concatenate([x, jnp.broadcast_to(x[..., -1:], (*x.shape[:-1], missing))], axis=-1)
+    return x.reshape(*x.shape[:-1], -1, rows)
 
 
 def _ordered(lo, full_lo, full_hi, hi, blocks: int) -> Range:
