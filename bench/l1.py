@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 from bench import results
 from bench.attention import available, matmul_tflops, ready
 from bench.peers import Case, Peer, jax_peer, torch_peer
-from bench.timing import Timed, interleaved
-from jflash import flash_attention, l1_attention
+from bench.timing import Spread, Timed, interleaved
+from jflash import l1_attention
 
 # An H100 adds 128 float32 numbers a clock on each of 132 processors, at 1.98 GHz.
 ADDITIONS_PER_MS = 128 * 132 * 1.98e6
@@ -49,11 +50,6 @@ PRESETS = {"goals": goals, "others": others, "cpu": cpu}
 
 def _jflash(case: Case) -> Callable:
     return lambda q, k, v: l1_attention(q, k, v, causal=case.causal)
-
-
-def _softmax(case: Case) -> Callable:
-    """Dot-product attention of the same shape, which is another function."""
-    return lambda q, k, v: flash_attention(q, k, v, causal=case.causal)
 
 
 def _formula(case: Case) -> Callable:
@@ -103,7 +99,6 @@ PEERS = (
     Peer("jflash", (), BOTH, jax_peer(_jflash)),
     Peer("torch cdist", ("torch",), BOTH, torch_peer(_cdist)),
     Peer("jnp formula", (), BOTH, jax_peer(_formula)),
-    Peer("jflash:softmax", (), BOTH, jax_peer(_softmax)),
 )
 
 
@@ -114,43 +109,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--impls", nargs="+", help="only these implementations [all that are installed]")
     parser.add_argument("--rounds", type=int, default=5, help="turns each implementation gets [5]")
     parser.add_argument("--seconds", type=float, default=0.1, help="length of a turn [0.1]")
+    parser.add_argument("--limit", type=float, default=600, help="seconds after which torch is left out [600]")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
 
 
 def main(args: argparse.Namespace) -> results.Report:
+    end = time.monotonic() + args.limit
     on_gpu = jax.default_backend() == "gpu"
     peers = available(PEERS, "cuda" if on_gpu else "cpu", args.impls)
     name = jax.devices()[0].device_kind if on_gpu else results.cpu_name()
     report = results.new_report(name, matmul_tflops() if on_gpu else None)
     presets = args.cases or (["goals"] if on_gpu else ["cpu"])
-    tasks = list(
-        itertools.product(
-            [case for preset in presets for case in PRESETS[preset]()],
-            args.dtype or (["float32", "bfloat16"] if on_gpu else ["float32"]),
-            args.directions or (["forward", "backward"] if on_gpu else ["forward"]),
-        )
-    )
-    ours = [peer for peer in peers if peer.name.startswith("jflash")]
-    peers = [peer for peer in peers if peer not in ours]
-    with ThreadPoolExecutor(8 if on_gpu else 1) as pool:  # to compile takes longer than to time
-        prepared = list(pool.map(lambda task: ready(ours, *task), tasks))
-    for task, found in sorted(zip(tasks, prepared, strict=True), key=lambda pair: pair[0][2] != "forward"):
-        report.rows += _measure(found | ready(peers, *task), *task, args)
-        if args.out:
-            report.save(args.out)  # a run that is cut off leaves what it measured
+    cases = [case for preset in presets for case in PRESETS[preset]()]
+    dtypes = args.dtype or (["float32", "bfloat16"] if on_gpu else ["float32"])
+    compiled = [peer for peer in peers if not peer.needs]
+    torch_ones = [peer for peer in peers if peer.needs]
+    for direction in args.directions or (["forward", "backward"] if on_gpu else ["forward"]):
+        tasks = list(itertools.product(cases, dtypes, [direction]))
+        with ThreadPoolExecutor(8 if on_gpu else 1) as pool:  # to compile takes longer than to time
+            prepared = list(pool.map(lambda task: ready(compiled, *task), tasks))
+        for task, found in zip(tasks, prepared, strict=True):
+            found |= ready(torch_ones, *task) if time.monotonic() < end else {}
+            report.rows += _measure(found, *task, args)
+            if args.out:
+                report.save(args.out)  # a run that is cut off leaves what it measured
     results.show(report)
     return report
 
 
 def _measure(found: dict[str, Timed], case: Case, dtype: str, direction: str, args) -> list[results.Row]:
     shape = dataclasses.asdict(case)
-    timed = interleaved(found, args.rounds, args.seconds)
     rows = [
-        results.Row("l1", direction, name, dtype, shape, **dataclasses.asdict(spread)) for name, spread in timed.items()
+        results.Row("l1", direction, name, dtype, shape, **dataclasses.asdict(spread))
+        for name, spread in _timed(found, args).items()
     ]
     line = "  ".join(f"{row.impl} {row.ms:.2f}ms" for row in rows)
     print(f"{dtype} {results.label(shape)} {direction}: {line}{_limit(case, direction)}", flush=True)
     return rows
+
+
+def _timed(found: dict[str, Timed], args) -> dict[str, Spread]:
+    """In turns; on a GPU, those that take longer than a turn after the others, in two turns of their own."""
+    slow = {}
+    if jax.default_backend() == "gpu":
+        slow = {name: timed for name, timed in found.items() if _seconds(timed) > args.seconds}
+    quick = {name: timed for name, timed in found.items() if name not in slow}
+    return interleaved(quick, args.rounds, args.seconds) | interleaved(slow, 2, args.seconds)
+
+
+def _seconds(timed: Timed) -> float:
+    start = time.perf_counter()
+    timed.wait(timed.run())
+    return time.perf_counter() - start
 
 
 def _limit(case: Case, direction: str) -> str:
