@@ -65,8 +65,8 @@ def _bind(x: Operands, options: Options, target: str):
     state = None if x.kv is None else LinearAttentionState(x.kv, x.z)
     problem, arrays = bind(
         x.q, x.k, x.v, log_decay=x.log_decay, mask=x.mask, causal=options.causal, scale=options.scale,
-        normalize=options.normalize, initial_state=state, cu_seqlens=x.cu_seqlens, reverse=options.reverse,
-        chunk_size=options.chunk_size, target=target,
+        normalize=options.normalize, initial_state=state, return_state=options.causal and x.mask is None,
+        cu_seqlens=x.cu_seqlens, reverse=options.reverse, chunk_size=options.chunk_size, target=target,
     )  # fmt: skip
     chosen = "reference" if problem.empty else backends.choose(problem, None, backends.LINEAR)
     return problem, arrays, backends.get(chosen, backends.LINEAR)

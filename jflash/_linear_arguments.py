@@ -80,6 +80,7 @@ def bind(
         normalize=bool(normalize),
         sequences=sequences,
         initial_state=kv is not None,
+        final_state=bool(return_state),
         chunk_size=_chunk_size(chunk_size),
     )  # fmt: skip
     return problem, LinearArrays(q, k, v, log_decay, mask, kv, z, cu_seqlens)

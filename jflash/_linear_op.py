@@ -50,7 +50,10 @@ def _attend_fwd(problem: LinearProblem, backend: str, arrays: LinearArrays):
 
 def _attend_bwd(problem: LinearProblem, backend: str, residuals, cotangents: LinearResults):
     arrays, out, norm, wanted = residuals
-    d_out, _, d_kv, d_z = (None if x is None else _transforms.materialize(x) for x in cotangents)
+    d_out, _, *d_state = cotangents
+    d_out = _transforms.materialize(d_out)
+    nothing = all(x is None or _transforms.is_zero(x) for x in d_state)
+    d_kv, d_z = (None if nothing or x is None else _transforms.materialize(x) for x in d_state)
     problem = dataclasses.replace(problem, decay_gradient=wanted.log_decay, mask_gradient=wanted.mask)
     operands = _transforms.first_order_only(backend, (arrays, out, norm, d_out, d_kv, d_z))
     grads = _folded(backends.get(backend, backends.LINEAR).backward, problem)(operands)

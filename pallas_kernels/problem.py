@@ -140,6 +140,7 @@ class LinearProblem:
     normalize: bool = False  # outputs are divided by the sum of their weights, 0 where it is 0
     sequences: int | None = None  # of a packed call, whose B is 1
     initial_state: bool = False
+    final_state: bool = True  # somebody may want the state after the last token
     chunk_size: int | None = None  # None: the backend's choice
 
     @property

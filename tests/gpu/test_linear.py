@@ -1,5 +1,7 @@
 """The Hopper kernels of linear attention against the oracle, on the device."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -28,13 +30,48 @@ CASES = {
     "few": (dict(B=2, S=2048, Hq=2, Hk=1, D=128, decay="token", strength=0.01, state=True), {}),
     "few_reverse": (dict(B=1, S=2048, Hq=2, D=64, decay="head", strength=0.01), dict(reverse=True)),
     "many": (dict(B=8, S=130, Hq=40, D=64, decay="token"), {}),
+    "few_D128": (dict(B=1, S=4096, Hq=4, D=128, decay="token", strength=0.01, state=True), {}),
+    "normalized": (dict(B=2, S=1000, Hq=4, D=128, decay="token", state=True, positive=True), dict(normalize=True)),
+    "normalized_plain": (dict(B=2, S=1024, Hq=4, Hk=2, D=64, Dv=128, positive=True), dict(normalize=True)),
+    "full": (dict(B=2, S=1000, Sk=777, Hq=4, Hk=2, D=128, Dv=64), dict(causal=False)),
+    "full_few": (dict(B=1, S=4096, Hq=2, D=128), dict(causal=False)),
+    "full_normalized": (dict(B=2, S=700, Hq=4, D=64, positive=True), dict(causal=False, normalize=True)),
+    "both_ways": (dict(B=2, S=700, Hq=4, D=128, decay="token", strength=0.1), dict(causal=False)),
+    "both_ways_D256": (dict(B=1, S=500, Hq=4, D=256, decay="head", strength=0.1), dict(causal=False)),
 }
+PACKED = {
+    "plain": (dict(Hq=4, D=128), {}),
+    "head": (dict(Hq=8, Hk=2, D=128, decay="head", strength=0.1), {}),
+    "token_reverse": (dict(Hq=4, D=64, decay="token", strength=0.1), dict(reverse=True)),
+    "normalized": (dict(Hq=4, D=128, decay="token", strength=0.1, positive=True), dict(normalize=True)),
+    "both_ways": (dict(Hq=4, D=256, decay="token", strength=0.1), dict(causal=False)),
+}
+
+
+@pytest.fixture(autouse=True)
+def everything_is_proven():
+    with mock.patch.object(linear, "UNPROVEN", ()):
+        yield
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_matches_oracle(name):
     shape, options = CASES[name]
     assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), "hopper", **options)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed(name):
+    """Sequences of one token, of none, across chunks, and NaN behind the last."""
+    shape, options = PACKED[name]
+    arrays = inputs(3, jnp.bfloat16, B=1, S=3000, **shape)
+    options |= {"cu_seqlens": jnp.asarray([0, 1, 2, 40, 40, 1100, 1101, 2900])}
+
+    def attend(**arguments):
+        there = (x for x in ("q", "k", "v", "log_decay") if getattr(arguments.get(x), "ndim", 1) > 1)
+        return linear_attention(**arguments | {x: arguments[x].at[:, 2900:].set(jnp.nan) for x in there})
+
+    assert_matches_oracle(arrays, "hopper", attend, return_state=False, **options)
 
 
 def test_gives_the_same_bits_100_times():

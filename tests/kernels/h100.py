@@ -43,12 +43,12 @@ class Kernel:
     serialized: str | None
 
 
-def compile_for_h100(function, *shapes):
+def compile_for_h100(function, *shapes, donated: tuple[int, ...] = ()):
     """The compiled function, and a Kernel for each of ours in it."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=folder)
         try:
-            compiled = _compile(function, *shapes)
+            compiled = _compile(jax.jit(function, donate_argnums=donated), *shapes)
         finally:
             del os.environ["MOSAIC_GPU_DUMP_PTXAS"], os.environ["MOSAIC_GPU_DUMP_TO"]
         return compiled, [_read(path) for path in sorted(Path(folder).glob("*.ptxas"))]
@@ -62,7 +62,7 @@ def _compile(function, *shapes):
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
+        return function.trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
 
 
 def _read(path: Path) -> Kernel:

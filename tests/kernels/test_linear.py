@@ -7,15 +7,16 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
+import re
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jflash import linear_attention
+from jflash import LinearAttentionState, linear_attention, linear_attention_step
 from pallas_kernels import linear_tiles
-from pallas_kernels.hopper import linear, linear_gradients, linear_scan, linear_split
+from pallas_kernels.hopper import linear, linear_calls, linear_plan, linear_split
 from pallas_kernels.problem import LinearProblem
 from tests.kernels import interpreter
 from tests.kernels.calls import on_hopper
@@ -30,9 +31,10 @@ def interpreted():
     interpreter.reset()
     jax.clear_caches()
     with contextlib.ExitStack() as patches:
-        for name in ("linear_forward", "linear_gradients"):
-            call = functools.partial(getattr(linear_gradients, name), interpret=params)
-            patches.enter_context(mock.patch.object(linear_gradients, name, call))
+        patches.enter_context(mock.patch.object(linear, "UNPROVEN", ()))
+        for name in ("forward", "backward"):
+            call = functools.partial(getattr(linear_calls, name), interpret=params)
+            patches.enter_context(mock.patch.object(linear_calls, name, call))
         patches.enter_context(on_hopper())
         yield
     jax.clear_caches()
@@ -53,8 +55,24 @@ CASES = {
     "head_dims": (dict(S=90, D=40, Dv=100, decay="head", state=True), dict(scale=-1.5)),
     "short": (dict(B=2, S=3, D=64, decay="token"), {}),
     "D256": (dict(S=65, D=256, decay="head"), {}),
+    "normalized_plain": (dict(S=70, D=64, positive=True), dict(normalize=True)),
+    "normalized": (dict(S=100, D=64, decay="token", state=True, positive=True), dict(normalize=True)),
+    "normalized_grouped": (dict(S=70, Hq=2, Hk=1, D=100, Dv=64, positive=True), dict(normalize=True)),
+    "full": (dict(S=70, Sk=130, D=64), dict(causal=False)),
+    "full_grouped": (dict(S=70, Sk=40, Hq=2, Hk=1, D=64, Dv=100), dict(causal=False)),
+    "full_normalized": (dict(S=70, Sk=100, D=64, positive=True), dict(causal=False, normalize=True)),
+    "both_ways": (dict(S=130, D=64, decay="token", strength=0.1), dict(causal=False)),
+    "both_ways_normalized": (dict(S=70, D=64, decay="head", positive=True), dict(causal=False, normalize=True)),
 }
-QUICK = ("plain",) if OLD else ("plain", "head", "token", "reverse")
+QUICK = ("plain",) if OLD else ("plain", "head", "token", "reverse", "normalized_plain", "full")
+PACKED = {
+    "plain": ({}, {}),
+    "token": (dict(decay="token", strength=0.1), {}),
+    "head_reverse": (dict(Hq=4, Hk=1, decay="head", strength=0.1), dict(reverse=True)),
+    "normalized": (dict(decay="token", positive=True), dict(normalize=True)),
+    "both_ways": (dict(decay="token", strength=0.1), dict(causal=False)),
+    "both_ways_plain": (dict(positive=True), dict(causal=False, normalize=True)),
+}
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in CASES])
@@ -62,6 +80,22 @@ def test_matches_oracle(name):
     shape, options = CASES[name]
     with interpreted():
         assert_matches_oracle(inputs(0, jnp.bfloat16, **{"B": 1, "Hq": 1, **shape}), "hopper", **options)
+
+
+@pytest.mark.skipif(OLD, reason="slow on this JAX")
+@pytest.mark.parametrize("name", [name if name == "token" else slow(name) for name in PACKED])
+def test_packed(name):
+    """Sequences of one token, of none, across chunks, and NaN behind the last."""
+    shape, options = PACKED[name]
+    arrays = inputs(3, jnp.bfloat16, **{"B": 1, "S": 150, "Hq": 1, "D": 64, **shape})
+    options |= {"cu_seqlens": jnp.asarray([0, 1, 2, 40, 40, 100, 140])}
+
+    def attend(**arguments):
+        there = (x for x in ("q", "k", "v", "log_decay") if getattr(arguments.get(x), "ndim", 1) > 1)
+        return linear_attention(**arguments | {x: arguments[x].at[:, 140:].set(jnp.nan) for x in there})
+
+    with interpreted():
+        assert_matches_oracle(arrays, "hopper", attend, return_state=False, **options)
 
 
 @pytest.mark.skipif(OLD, reason="slow on this JAX")
@@ -95,7 +129,7 @@ def test_a_decay_of_nothing_forgets():
 
 def test_every_column_of_v_has_a_consumer():
     for D, Dv in itertools.product((64, 128, 192, 256), repeat=2):
-        plan = linear_scan.make_plan(linear_scan.Scan(B=1, H=1, S=64, D=D, Dv=Dv, dtype="bfloat16", scale=1.0), False)
+        plan = linear_plan.make_plan(linear_plan.Scan(B=1, H=1, S=64, D=D, Dv=Dv, dtype="bfloat16", scale=1.0))
         assert plan.slices * plan.tile.warpgroups * 64 == Dv
 
 
@@ -105,10 +139,11 @@ def test_every_column_of_v_has_a_consumer():
         (dict(dtype="float16"), "dtype=float16"),
         (dict(D=300), "head_dim=300"),
         (dict(chunk_size=128), "chunk_size=128"),
-        (dict(normalize=True), "normalize"),
-        (dict(sequences=2), "cu_seqlens"),
-        (dict(after=True), "causal=False"),
-        (dict(mask_shape=(1, 1, 64, 64)), "mask"),
+        (dict(sequences=2), "return_state with cu_seqlens"),
+        (dict(sequences=2, initial_state=True, final_state=False), "initial_state with cu_seqlens"),
+        (dict(sequences=2, final_state=False), "cu_seqlens is in the kernels, but not yet proven"),
+        (dict(normalize=True), "normalize is in the kernels, but not yet proven"),
+        (dict(after=True), "causal=False is in the kernels, but not yet proven"),
         (dict(scale=0.0), "scale=0.0"),
     ],
     ids=str,
@@ -139,3 +174,22 @@ def test_ptxas_has_no_complaint(D, S, expected, decay):
         assert kernel.serialized is None
         assert kernel.spill_bytes <= tile.spill_bytes
         assert kernel.registers * 128 * (tile.warpgroups + 1) <= 65536 // tile.ctas
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs jax-cuda13-plugin")
+def test_a_step_is_one_pass_over_the_state():
+    """One instruction reads it, and writes it without a copy if it is donated."""
+    token, state = jax.ShapeDtypeStruct((8, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((8, 4, 64, 64), jnp.float32)
+
+    def step(q, k, v, g, kv):
+        out, after = linear_attention_step(q, k, v, LinearAttentionState(kv), log_decay=g)
+        return out, after.kv
+
+    decay = jax.ShapeDtypeStruct((4,), jnp.float32)
+    compiled, _ = compile_for_h100(step, token, token, token, decay, state, donated=(4,))
+    text = compiled.as_text()
+    lines = [line.split("metadata")[0] for line in text[text.index("ENTRY") :].splitlines()]
+    assert len([line for line in lines if re.search(r"= .*(fusion|copy|custom-call)\(.*%kv", line)]) == 1
+    assert not [line for line in lines if " copy(" in line]
+    assert "{1}: (4" in text

@@ -62,19 +62,20 @@ def exact(arrays: dict, **options) -> dict:
 
 
 def everything(attend, arrays: dict, **options) -> dict:
-    """The results by name, and the gradient of each floating array: dq, dk, dv, dlog_decay, dmask, dkv, dz."""
+    """The results by name, a causal call with its state, and the gradient of each floating array: dq, dk and so on."""
     causal = options.get("causal", "mask" not in arrays)
+    options.setdefault("return_state", bool(causal))
 
     def run(arrays):
         fixed = {name: x for name, x in arrays.items() if name == "mask" and x.dtype == bool}
         moving = {name: x for name, x in arrays.items() if name not in fixed}
-        results, pull = jax.vjp(lambda moving: attend(**fixed, **moving, **options, return_state=bool(causal)), moving)
+        results, pull = jax.vjp(lambda moving: attend(**fixed, **moving, **options), moving)
         rng = np.random.default_rng(99)
         cotangents = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), results)
         return results, pull(cotangents)[0]
 
     results, grads = jax.jit(run)(arrays)
-    results = {"out": results} if not causal else {"out": results[0], **_named(results[1])}
+    results = {"out": results[0], **_named(results[1])} if options["return_state"] else {"out": results}
     grads = {f"d{name}": x for name, x in (grads | _named(grads.pop("initial_state", None))).items()}
     return results | grads
 
