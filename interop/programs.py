@@ -98,11 +98,15 @@ class _Reader:
             return [_constant(op)]
         if op.name == "stablehlo.custom_call":
             return self._note(_kernel(op), operands, len(op.results))
+        if op.name == "stablehlo.optimization_barrier":
+            return operands
+        if op.name in unproven and not all(isinstance(x, Tensor) for x in operands):
+            raise Unsupported(f"{op.name}, which torch can do, but not yet proven on a GPU")
         if op.name == "stablehlo.sort":
             _check_sort(op)
             axis = op.attributes["dimension"].value
-            ordered = self._note(lambda x, _: x.sort(axis).values, operands, 1)
-            return ordered + self._note(lambda x, y: y.gather(axis, x.argsort(axis, stable=True)), operands, 1)
+            runs = [lambda x, *_: x.sort(axis).values, lambda x, y: y.gather(axis, x.argsort(stable=True, dim=axis))]
+            return [self._note(run, operands, 1)[0] for run in runs[: len(operands)]]
         if op.name not in _OPERATIONS:
             raise Unsupported(op.name)
         operation = _OPERATIONS[op.name](op, operands)
@@ -231,11 +235,11 @@ def _slice(op, _) -> Callable:
 
 
 def _check_sort(op) -> None:
-    """As `argsort` has it: integers from the least to the greatest, and a second array in their order."""
+    """As `sort` and `argsort` have it: integers from the least to the greatest, and a second array in their order."""
     block = op.regions[0].blocks[0]
     compare, *rest = (inner.operation for inner in block.operations)
-    if len(op.operands) != 2 or len(rest) != 1 or compare.name != "stablehlo.compare":
-        raise Unsupported("stablehlo.sort other than argsort")
+    if len(op.operands) > 2 or len(rest) != 1 or compare.name != "stablehlo.compare":
+        raise Unsupported("stablehlo.sort other than sort and argsort")
     by_first = list(compare.operands) == list(block.arguments)[:2]
     if not by_first or _direction(compare) != "LT" or _type(op.operands[0])[1].is_floating_point:
         raise Unsupported("stablehlo.sort other than of integers, the least first")
@@ -309,25 +313,25 @@ def _of(function: Callable[..., Tensor], *floating: torch.dtype) -> Callable:
 
 
 def _reduce(op, operands) -> Callable:
-    """Extremes, and `any` and `all`."""
-    if len(operands) != 2:
-        raise Unsupported("stablehlo.reduce of several arrays")
-    start, axes = operands[1], list(op.attributes["dimensions"])
-    of_two = [inner.operation.name for inner in op.regions[0].blocks[0].operations]
-    if len(of_two) != 2 or of_two[0] not in _REDUCTIONS or not isinstance(start, Tensor):
-        raise Unsupported(f"stablehlo.reduce by {', '.join(of_two)}")
-    reduction, of_nothing = _REDUCTIONS[of_two[0]]
-    if start.is_floating_point() or start.item() != of_nothing(start.dtype):
-        raise Unsupported(f"stablehlo.reduce from {start.item()}")
+    """Sums and extremes of integers, `any` and `all`."""
+    start, dtype, axes = operands[-1], _type(op.operands[0])[1], list(op.attributes["dimensions"])
+    by = [inner.operation.name for inner in op.regions[0].blocks[0].operations]
+    if len(operands) != 2 or len(by) != 2 or by[0] not in _REDUCTIONS or dtype.is_floating_point:
+        raise Unsupported(f"stablehlo.reduce of {dtype} by {', '.join(by)}")
+    reduction, of_nothing = _REDUCTIONS[by[0]]
+    if not isinstance(start, Tensor) or start.item() != of_nothing:
+        raise Unsupported("stablehlo.reduce from a value of its own")
     operands.pop()
     return lambda x: reduction(x, axes)
 
 
-_REDUCTIONS = {
-    "stablehlo.minimum": (torch.amin, lambda dtype: torch.iinfo(dtype).max),
-    "stablehlo.maximum": (torch.amax, lambda dtype: torch.iinfo(dtype).min),
-    "stablehlo.or": (torch.any, lambda dtype: False),
-    "stablehlo.and": (torch.all, lambda dtype: True),
+_LIMITS = torch.iinfo(torch.int32)
+_REDUCTIONS = {  # and what each makes of nothing
+    "stablehlo.add": (functools.partial(torch.sum, dtype=torch.int32), 0),
+    "stablehlo.minimum": (torch.amin, _LIMITS.max),
+    "stablehlo.maximum": (torch.amax, _LIMITS.min),
+    "stablehlo.or": (torch.any, False),
+    "stablehlo.and": (torch.all, True),
 }
 _OPERATIONS = {
     "stablehlo.pad": _pad,
@@ -351,4 +355,10 @@ _OPERATIONS = {
     "stablehlo.or": _of(torch.bitwise_or),
     "stablehlo.not": _of(torch.bitwise_not),
     "stablehlo.reduce": _reduce,
+}
+unproven = {  # until tests/gpu/test_direct.py has run with them
+    *("stablehlo.transpose", "stablehlo.reverse", "stablehlo.concatenate", "stablehlo.compare", "stablehlo.select"),
+    *("stablehlo.add", "stablehlo.subtract", "stablehlo.multiply", "stablehlo.divide"),
+    *("stablehlo.minimum", "stablehlo.maximum", "stablehlo.and", "stablehlo.or", "stablehlo.not"),
+    *("stablehlo.reduce", "stablehlo.sort"),
 }

@@ -15,8 +15,20 @@ import numpy as np
 import pytest
 import torch
 
-from interop import bridge, direct, flash_attn_func, kernels, programs
+from interop import (
+    bridge,
+    direct,
+    flash_attn_func,
+    kernels,
+    key_ranges,
+    l1_kernels,
+    l1_ops,
+    linear_kernels,
+    linear_ops,
+    programs,
+)
 from interop.operands import Operands, Options
+from pallas_kernels.parts import ranges
 from tests.interop.cases import Recorded, by_definition, cotangent, qkv
 from tests.kernels.calls import identity, on_hopper
 
@@ -45,6 +57,11 @@ def no_device(monkeypatch):
     thread = SimpleNamespace(devices={None}, on=lambda device: contextlib.nullcontext())
     monkeypatch.setattr(direct, "_thread", thread)
     monkeypatch.setattr(direct, "_current_device", lambda: None)
+
+
+@pytest.fixture
+def all_proven(monkeypatch):
+    monkeypatch.setattr(programs, "unproven", set())
 
 
 @pytest.fixture
@@ -262,6 +279,108 @@ def test_moves(played):
     expected = around(lambda x: x)(jnp.asarray(x.numpy()), jnp.asarray(y.numpy()))
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, torch.tensor(np.asarray(theirs)))
+
+
+def tables(kernel):
+    """What the kernels get for packed sequences."""
+
+    def function(key_ranges):
+        visits = ranges.table(key_ranges, 64, 128, 300)
+        visitors = ranges.visitors(visits, 3)
+        order = ranges.longest_first(visitors[..., 0], visitors[..., 1])
+        sorted_sums = jnp.sort(visits.sum(axis=2) * jnp.any(visits > 1, axis=2) - jnp.all(visits > 0, axis=2))
+        return [kernel(x) for x in (ranges.limits(key_ranges, 64), visits, visitors, order, sorted_sums)]
+
+    return function
+
+
+def test_operations_on_integers(played, all_proven):
+    """The tables of 200 queries in 5 sequences, and of as many in none: torch has JAX's bits."""
+    starts = torch.tensor([0, 7, 7, 90, 155, 190], dtype=torch.int32)
+    given = torch.cat([key_ranges.packed(starts, starts + 30, 200, 40, 3), torch.full((1, 3, 200), -1)]).int()
+    program = programs.lower(tables(identity), structs(given.shape, dtype=jnp.int32))
+    expected = [np.asarray(x) for x in tables(lambda x: x)(jnp.asarray(given.numpy()))]
+    played(*(functools.partial(lambda n, i, o: memory(o, (n,), torch.int32).copy_(memory(i, (n,), torch.int32)), x.size)
+             for x in expected))  # fmt: skip
+    found = direct.Launch(program, CPU)([given])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (tuple(ours.shape), ours.dtype) == (theirs.shape, torch.int32)
+        assert np.array_equal(ours.numpy(), theirs)
+
+
+OTHER_OPERATIONS = {
+    "sort_of_three": (lambda x: jax.lax.sort((x, x, x), num_keys=1)[2], "sort other than sort and argsort"),
+    "product": (lambda x: x.prod(axis=1), "reduce of torch.int32 by stablehlo.multiply"),
+    "least_from_three": (lambda x: jax.lax.reduce(x, np.int32(3), jax.lax.min, (1,)), "reduce from a value of its own"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_OPERATIONS)
+def test_other_operations_are_refused(name, all_proven):
+    function, reason = OTHER_OPERATIONS[name]
+    with pytest.raises(programs.Unsupported, match=reason):
+        programs.lower(lambda x: [identity(function(x))], structs((2, 5), dtype=jnp.int32))
+
+
+def test_not_before_a_gpu_has_shown_it():
+    with pytest.raises(programs.Unsupported, match="not yet proven on a GPU"):
+        programs.lower(lambda x: [identity(x + 1)], structs((256,), dtype=jnp.int32))
+
+
+Q = jax.ShapeDtypeStruct((1, 512, 4, 128), jnp.bfloat16)
+LSE = jax.ShapeDtypeStruct((1, 4, 512), jnp.float32)
+INT = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+REAL = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+CACHE = jax.ShapeDtypeStruct((1, 1024, 4, 128), jnp.bfloat16)
+DECODE = jax.ShapeDtypeStruct((1, 1, 4, 128), jnp.bfloat16), CACHE, CACHE, INT((1,)), None, None, None
+
+
+def softmax(backward=False, **operands):
+    x = Operands(Q, Q, Q, **operands)
+    if backward:
+        return functools.partial(kernels.backward, options=Options(), bias_gradient=False), (Q, None, Q, LSE, *x)
+    return functools.partial(kernels.forward, options=Options()), x
+
+
+def linear(decay=None):
+    x = linear_ops.Operands(*(jax.ShapeDtypeStruct((4, 512, 16, 128), jnp.bfloat16) for _ in range(3)), decay)
+    return functools.partial(linear_kernels.forward, options=linear_ops.Options()), x
+
+
+def l1(dtype):
+    x = l1_ops.Operands(*(jax.ShapeDtypeStruct((1, 512, 4, 64), dtype) for _ in range(3)))
+    return functools.partial(l1_kernels.forward, options=l1_ops.Options("attention")), x
+
+
+LAUNCHED = {
+    "packed or padded sequences": softmax(key_ranges=INT((1, 3, 512))),
+    "their backward": softmax(backward=True, key_ranges=INT((1, 3, 512))),
+    "segments and alibi, backward": softmax(
+        backward=True, q_segment_ids=INT((1, 512)), kv_segment_ids=INT((1, 512)), alibi_slopes=REAL((1, 4))
+    ),
+    "sinks": softmax(sinks=REAL((1, 4))),
+    "linear": linear(),
+}
+BRIDGED = {  # and the floating-point work that XLA does between the kernels
+    "sinks, backward": (softmax(backward=True, sinks=REAL((1, 4))), "subtract of torch.float32"),
+    "decode": ((functools.partial(kernels.with_cache, options=Options()), DECODE), "of torch.float32"),
+    "linear with decay": (linear(REAL((16,))), "maximum"),
+    "l1 in float32": (l1(jnp.float32), "reduce_precision"),
+    "l1 in bfloat16": (l1(jnp.bfloat16), "reduce of torch.float32 by stablehlo.add"),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_calls_that_torch_launches(name, all_proven):
+    program = lower(*LAUNCHED[name])
+    assert any(isinstance(step.run, programs.Kernel) for step in program.steps)
+
+
+@pytest.mark.parametrize("name", BRIDGED)
+def test_calls_that_stay_with_the_bridge(name, all_proven):
+    call, reason = BRIDGED[name]
+    with pytest.raises(programs.Unsupported, match=reason):
+        lower(*call)
 
 
 def test_kernels_in_place():
