@@ -22,9 +22,12 @@ def kernel(
     grid: tuple[int, ...],
     grid_names: tuple[str, ...],
     warpgroups: int,
+    cluster: Mapping[str, int] | None = None,
     interpret: Interpret = None,
 ) -> Callable:
     """body(*inputs, *outputs, **scratch) as a function of the inputs; an `accumulator` is updated in place.
+
+    cluster: names and sizes of the axes of a cluster, of which the grid then counts.
 
     Wgmma, fences and barriers are placed by hand in these kernels, so automatic ones are off; the lowering
     semantics are pinned because their default changed in 0.11.
@@ -36,8 +39,8 @@ def kernel(
     mesh = plgpu.Mesh(
         grid=grid,
         grid_names=grid_names,
-        cluster=(),
-        cluster_names=(),
+        cluster=tuple((cluster or {}).values()),
+        cluster_names=tuple(cluster or ()),
         num_threads=warpgroups,
         thread_name="wg",
     )

@@ -9,9 +9,13 @@ from pallas_kernels.tiles import BackwardTile
 
 @dataclasses.dataclass(frozen=True)
 class MaskedForward:
-    """64 query rows for each of `warpgroups`, of up to `together` heads that share a mask; block_kv keys a step."""
+    """64 query rows for each of `warpgroups`, of up to `together` heads that share a mask; block_kv keys a step.
+
+    cluster: CTAs with neighbouring rows that share what they read of K and V.
+    """
 
     together: int = 1
+    cluster: int = 2
     block_kv: int = 128
     warpgroups: int = 2
     stages: int = 2
@@ -36,24 +40,28 @@ class MaskedBackward(BackwardTile):
 
 @dataclasses.dataclass(frozen=True)
 class MaskGradientTile:
-    """128 x 128 of the mask's gradient a CTA; `stages` pairs of factors are loaded ahead."""
+    """128 x 128 of the mask's gradient a CTA; `stages` pairs of factors are loaded ahead.
+
+    cluster: CTAs with neighbouring rows that share what they read of k and v.
+    """
 
     stages: int = 3
+    cluster: int = 2
     registers: int = 240
     producer_registers: int = 24
     spill_bytes: int = 0
 
 
 FORWARD = {
-    (64, 2): MaskedForward(together=2, spill_bytes=152),
-    (64, 4): MaskedForward(together=2, mask_stages=1, spill_bytes=152),
+    (64, 2): MaskedForward(together=2, spill_bytes=208),
+    (64, 4): MaskedForward(together=2, mask_stages=1, spill_bytes=240),
     (128, 2): MaskedForward(),
     (128, 4): MaskedForward(mask_stages=1, spill_bytes=8),
 }
 
 BACKWARD = {
     (64, 2): MaskedBackward(block_q=128, split_rows=True, mask_stages=1),
-    (64, 4): MaskedBackward(block_q=128, split_rows=True, ds_stages=1, mask_stages=1, rereads=True, spill_bytes=32),
+    (64, 4): MaskedBackward(block_q=128, split_rows=True, ds_stages=1, mask_stages=1, rereads=True, spill_bytes=36),
     (128, 2): MaskedBackward(block_q=64),
     (128, 4): MaskedBackward(block_q=64, mask_stages=1),
 }

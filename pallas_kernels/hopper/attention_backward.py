@@ -242,7 +242,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
 def _servants(plan: Plan, refs: Refs, work: Work, walk: Walk, index) -> None:
     plgpu.set_max_registers(plan.tile.producer_registers, action="decrease")
     load = functools.partial(_loader, plan, refs, work, walk)
-    store = functools.partial(_dq_storer, plan, refs, work, walk)
+    store = functools.partial(store_dq, plan, refs, work, walk)
     barriers.in_warps([load] if refs.dq_gmem is None else [load, store], index, plan.interpret)
 
 
@@ -275,7 +275,7 @@ def _loader(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
     lax.fori_loop(0, walk.steps, load_block, None)
 
 
-def _dq_storer(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
+def store_dq(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
     """Has TMA add each dQ tile that the consumers leave in shared memory."""
     for w in range(CONSUMERS):
         plan.dq_empty.arrive(refs.dq_empty, w)
@@ -331,12 +331,12 @@ def _step(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, dk_acc, dv_acc, st
         tma.product(dk_acc, ds, refs.q_smem, slot)
         barriers.fence(plan.interpret)  # the statistics have been read, and TMA refills their slot
     else:
-        _three_products(plan, refs, wg, step, slot, ds_slot, mine, weights, ds, dk_acc, dv_acc)
+        three_products(plan, refs, wg, step, slot, ds_slot, mine, weights, ds, dk_acc, dv_acc)
     plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(refs.q_do_empty.at[slot])
 
 
-def _three_products(plan: Plan, refs: Refs, wg, step, slot, ds_slot, mine, weights, ds, dk_acc, dv_acc) -> None:
+def three_products(plan: Plan, refs: Refs, wg, step, slot, ds_slot, mine, weights, ds, dk_acc, dv_acc) -> None:
     """dV, dQ and dK, with the way of dS and of dQ through shared memory."""
     refs.ds_smem[ds_slot, mine] = ds
     tma.product(dv_acc, weights, refs.do_smem, slot)

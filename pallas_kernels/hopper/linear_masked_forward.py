@@ -5,6 +5,9 @@ share the mask: then each tile of the mask is read once for both. One warp of th
 copies Q once and then K, the mask and V block by block into rings. A consumer forms S of one block while the product
 of the weights before with their V still runs; the mask is in registers by the time S is. Consumers take turns at
 the tensor cores. All this is `attention_forward` without a softmax. Outputs leave through the memory of Q.
+
+With the mask to read as well, L2 would be the limit: CTAs with neighbouring rows make a cluster, and each brings half
+of K and V to both.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, masked_tiles, tiles
 from pallas_kernels.masked_tiles import MaskedForward
-from pallas_kernels.parts import barriers, schedule, shared_mask, tma
+from pallas_kernels.parts import barriers, cluster, schedule, shared_mask, tma
 from pallas_kernels.parts.barriers import NamedBarrier
 from pallas_kernels.parts.schedule import Schedule, Work
 from pallas_kernels.parts.shared_mask import Sharing
@@ -55,6 +58,10 @@ class Plan:
         """Batch and head of what a tile does together."""
         together = self.tile.together
         return [self.sharing.entry(work.b, work.h * together + g) for g in range(together)]
+
+    def first_row(self, work: Work):
+        """Of this CTA's tile."""
+        return (work.block * self.tile.cluster + cluster.member(self.tile.cluster)) * self.tile.rows
 
     def tile_types(self) -> dict[str, tma.TileType]:
         p, t = self.problem, self.tile
@@ -110,6 +117,7 @@ def linear_masked_forward(p: LinearProblem, a: LinearArrays, *, interpret: _comp
         grid=(plan.schedule.ctas,),
         grid_names=("cta",),
         warpgroups=barriers.warpgroups(plan.tile.warpgroups, 1, interpret),
+        cluster=cluster.launch(plan.tile.cluster),
         interpret=interpret,
     )
     return kernel(q, k, v, mask, table)[:, : p.Sq, :, : p.Dv]
@@ -120,11 +128,13 @@ def make_plan(p: LinearProblem, mask_dtype, interpret: _compat.Interpret = None)
     shared = shared_mask.sharing(p)
     if shared.each % tile.together:
         tile = dataclasses.replace(tile, together=1)
-    groups = shared.each // tile.together
+    groups, blocks = shared.each // tile.together, -(-p.Sq // tile.rows)
+    if blocks % tile.cluster:
+        tile = dataclasses.replace(tile, cluster=1)
     order = Schedule(
         batch=shared.masks,
         heads=groups,
-        blocks=-(-p.Sq // tile.rows),
+        blocks=blocks // tile.cluster,
         section=schedule.section(shared.masks * groups, 1, 2 * p.Sk * (p.D + p.Dv) * tile.together),
         persistent=True,
     )
@@ -133,17 +143,16 @@ def make_plan(p: LinearProblem, mask_dtype, interpret: _compat.Interpret = None)
 
 def _scratch(plan: Plan) -> dict[str, Any]:
     t, types = plan.tile, plan.tile_types()
-    empty = functools.partial(plgpu.Barrier, num_arrivals=t.warpgroups)
     return {
         **{name: x.scratch for name, x in types.items()},
         "q_full": plgpu.Barrier(num_arrivals=t.warpgroups * t.together * types["q_smem"].chunks),
-        "q_empty": empty(),
+        "q_empty": plgpu.Barrier(num_arrivals=t.warpgroups),
         "k_full": plgpu.Barrier(num_arrivals=t.together * types["k_smem"].chunks, num_barriers=t.stages),
-        "k_empty": empty(num_barriers=t.stages),
+        "k_empty": cluster.empty(t.cluster, t.warpgroups, t.stages),
         "v_full": plgpu.Barrier(num_arrivals=t.together * types["v_smem"].chunks, num_barriers=t.stages),
-        "v_empty": empty(num_barriers=t.stages),
+        "v_empty": cluster.empty(t.cluster, t.warpgroups, t.stages),
         "mask_full": plgpu.Barrier(num_barriers=t.mask_stages),
-        "mask_empty": empty(num_barriers=t.mask_stages),
+        "mask_empty": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.mask_stages),
         "turn": plan.turn.scratch,
     }
 
@@ -161,17 +170,19 @@ def _producer(plan: Plan, refs: Refs, cta) -> None:
     plgpu.set_max_registers(plan.tile.producer_registers, action="decrease")
 
     def role():
-        schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, functools.partial(_load_tile, plan, refs))
+        done = schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, functools.partial(_load_tile, plan, refs))
+        for slots in (refs.k_empty, refs.v_empty):
+            cluster.leave(plan.tile.cluster, slots, done, plan.tile.stages)
 
     barriers.in_warps([role], 0, plan.interpret)
 
 
 def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
     """Copies the operands of a tile; `done` counts the key blocks of earlier tiles, which fix ring slots."""
-    t, entries = plan.tile, plan.entries(work)
+    t, entries, first, along = plan.tile, plan.entries(work), plan.first_row(work), cluster.axis(plan.tile.cluster)
     pl.when(done > 0)(lambda: plgpu.barrier_wait(refs.q_empty))
     for w in range(t.warpgroups):
-        row = work.block * t.rows + w * 64
+        row = first + w * 64
         for g, (b, h) in enumerate(entries):
             head = shared_mask.operand_head(plan.problem, refs.q_gmem, h)
             refs.q_smem.load(refs.q_gmem, b, row, head, w * t.together + g, refs.q_full)
@@ -181,13 +192,13 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
         pl.when(done + step >= t.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
         for g, (b, h) in enumerate(entries):
             head = shared_mask.operand_head(plan.problem, gmem, h)
-            smem.load(gmem, b, step * t.block_kv, head, slot * t.together + g, full.at[slot])
+            smem.load(gmem, b, step * t.block_kv, head, slot * t.together + g, full.at[slot], cluster=along)
 
     def load_keys(step):
         load(step, refs.k_smem, refs.k_gmem, refs.k_full, refs.k_empty)
         slot = lax.rem(done + step, t.mask_stages)
         pl.when(done + step >= t.mask_stages)(lambda: plgpu.barrier_wait(refs.mask_empty.at[slot]))
-        index, corner = plan.sharing.mask(work.b), (work.block * t.rows, step * t.block_kv)
+        index, corner = plan.sharing.mask(work.b), (first, step * t.block_kv)
         shared_mask.load(refs.mask_smem, refs.mask_gmem, index, *corner, slot, refs.mask_full.at[slot])
 
     def load_block(step, _):
@@ -326,7 +337,7 @@ def _write(plan: Plan, refs: Refs, wg, work: Work, sums: tuple[jax.Array, ...]) 
     for g, total in enumerate(sums):
         refs.q_smem.write(wg * t.together + g, (total * p.scale).astype(p.dtype))
     plgpu.commit_smem()
-    row = work.block * t.rows + wg * 64
+    row = plan.first_row(work) + wg * 64
     for g, (b, h) in enumerate(plan.entries(work)):
         refs.q_smem.store(refs.out_gmem, b, row, h, wg * t.together + g)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

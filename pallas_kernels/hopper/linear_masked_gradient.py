@@ -2,8 +2,9 @@
 
 Who does what. A CTA owns a tile of 128 x 128 of dM, 64 rows for each of two consumer warpgroups, and walks over the
 entries that share M, with its sum in registers: no atomics, and the same bits every run. An entry is two products of
-the same shape, so one ring serves both: a slot holds 128 rows of q with 128 of k, or of dO with v. Where there are few
-tiles, entries are cut into parts that get sums of their own.
+the same shape, so one ring serves both: a slot holds 128 rows of q with 128 of k, or of dO with v. No factor is used
+twice, so reading L2 is the limit: CTAs with neighbouring rows make a cluster, and each brings half of k and v to both.
+Where there are few tiles, entries are cut into parts that get sums of their own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, masked_tiles, tiles
 from pallas_kernels.masked_tiles import MaskGradientTile
-from pallas_kernels.parts import barriers, schedule, shared_mask, tma
+from pallas_kernels.parts import barriers, cluster, schedule, shared_mask, tma
 from pallas_kernels.parts.schedule import SMS, Schedule, Work
 from pallas_kernels.parts.shared_mask import Sharing
 from pallas_kernels.problem import LinearArrays, LinearProblem
@@ -75,7 +76,7 @@ def linear_masked_gradient(
     """dM in the mask's shape and dtype."""
     plan = make_plan(p, interpret)
     q, k, v, d_out = (tma.fit(x, BLOCK) for x in (a.q, a.k, a.v, d_out))
-    blocks = plan.schedule.heads, plan.schedule.blocks
+    blocks = plan.schedule.heads * plan.tile.cluster, plan.schedule.blocks
     narrow = plan.parts == 1 and a.mask.dtype in (jnp.bfloat16, jnp.float16)
     shape = plan.schedule.batch, *(n * BLOCK for n in blocks)
     kernel = _compat.kernel(
@@ -86,6 +87,7 @@ def linear_masked_gradient(
         grid=(plan.schedule.ctas,),
         grid_names=("cta",),
         warpgroups=barriers.warpgroups(CONSUMERS, 1, interpret),
+        cluster=cluster.launch(plan.tile.cluster),
         interpret=interpret,
     )
     sums = kernel(q, k, v, d_out, plan.schedule.table(np.ones(plan.schedule.blocks)))
@@ -98,14 +100,17 @@ def make_plan(p: LinearProblem, interpret: _compat.Interpret = None) -> Plan:
     shared = shared_mask.sharing(p)
     rows, columns = -(-p.Sq // BLOCK), -(-p.Sk // BLOCK)
     parts = _parts(shared.masks * rows * columns, shared.each)
+    tile = masked_tiles.GRADIENT[tiles.padded(p.D)]
+    if rows % tile.cluster:
+        tile = dataclasses.replace(tile, cluster=1)
     order = Schedule(
         batch=shared.masks * parts,
-        heads=rows,
+        heads=rows // tile.cluster,
         blocks=columns,
-        section=schedule.section(shared.masks * parts * rows, 1, 1, budget=_SQUARE),
+        section=schedule.section(shared.masks * parts * rows // tile.cluster, 1, tile.cluster, budget=_SQUARE),
         persistent=True,
     )
-    return Plan(p, masked_tiles.GRADIENT[tiles.padded(p.D)], shared, parts, order, interpret)
+    return Plan(p, tile, shared, parts, order, interpret)
 
 
 def _parts(count: int, entries: int) -> int:
@@ -119,7 +124,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     return {
         **{name: x.scratch for name, x in types.items()},
         "full": plgpu.Barrier(num_arrivals=(CONSUMERS + 1) * types["row_smem"].chunks, num_barriers=t.stages),
-        "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=t.stages),
+        "empty": cluster.empty(t.cluster, CONSUMERS, t.stages),
     }
 
 
@@ -136,7 +141,8 @@ def _producer(plan: Plan, refs: Refs, cta) -> None:
     plgpu.set_max_registers(plan.tile.producer_registers, action="decrease")
 
     def role():
-        schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, functools.partial(_load_tile, plan, refs))
+        done = schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, functools.partial(_load_tile, plan, refs))
+        cluster.leave(plan.tile.cluster, refs.empty, done, plan.tile.stages)
 
     barriers.in_warps([role], 0, plan.interpret)
 
@@ -144,17 +150,18 @@ def _producer(plan: Plan, refs: Refs, cta) -> None:
 def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
     """Copies the factors of a tile's entries; `done` counts the slots of earlier tiles."""
     t, p = plan.tile, plan.problem
+    first, shared_along = _first_row(plan, work), cluster.axis(t.cluster)
     m, part = lax.div(work.b, jnp.int32(plan.parts)), lax.rem(work.b, jnp.int32(plan.parts))
 
     def load(n, rows_gmem, columns_gmem, b, h):
         slot = lax.rem(n, t.stages)
         full = refs.full.at[slot]
         pl.when(n >= t.stages)(lambda: plgpu.barrier_wait(refs.empty.at[slot]))
-        row, head = work.h * BLOCK, shared_mask.operand_head(p, rows_gmem, h)
+        row, head = first, shared_mask.operand_head(p, rows_gmem, h)
         for w in range(CONSUMERS):
             refs.row_smem.load(rows_gmem, b, row + w * 64, head, slot * CONSUMERS + w, full)
         head = shared_mask.operand_head(p, columns_gmem, h)
-        refs.column_smem.load(columns_gmem, b, work.block * BLOCK, head, slot, full)
+        refs.column_smem.load(columns_gmem, b, work.block * BLOCK, head, slot, full, cluster=shared_along)
 
     def load_entry(n, _):
         b, h = plan.sharing.entry(m, part * plan.entries + n)
@@ -163,6 +170,11 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
 
     lax.fori_loop(0, plan.entries, load_entry, None)
     return done + 2 * plan.entries
+
+
+def _first_row(plan: Plan, work: Work):
+    """Of this CTA's tile."""
+    return (work.h * plan.tile.cluster + cluster.member(plan.tile.cluster)) * BLOCK
 
 
 def _consumer(plan: Plan, refs: Refs, cta, wg) -> None:
@@ -174,7 +186,7 @@ def _sum_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
     """This consumer's rows of a tile of dM; returns the slots taken so far."""
     zero = plgpu.layout_cast(jnp.zeros((64, BLOCK), jnp.float32), plgpu.Layout.WGMMA)
     total = lax.fori_loop(0, plan.entries, functools.partial(_add_entry, plan, refs, wg, done), zero)
-    rows, columns = pl.ds(work.h * BLOCK + wg * 64, 64), pl.ds(work.block * BLOCK, BLOCK)
+    rows, columns = pl.ds(_first_row(plan, work) + wg * 64, 64), pl.ds(work.block * BLOCK, BLOCK)
     refs.sum_gmem[work.b, rows, columns] = (total * plan.problem.scale).astype(refs.sum_gmem.dtype)
     return done + 2 * plan.entries
 

@@ -76,15 +76,15 @@ class Tiles:
     copied: Any  # for TMA
     multiplied: Any  # for wgmma and registers
 
-    def load(self, source, index, row, head, n, barrier, rows: Any = None, column=0) -> None:
+    def load(self, source, index, row, head, n, barrier, rows: Any = None, column=0, cluster=None) -> None:
         """Starts filling tile n, or some rows of it, with rows from `row` of source[index, :, head].
 
-        Columns are those from `column` on.
+        Columns are those from `column` on. The CTAs along the axis `cluster` all ask for the same, and share the work.
         """
         rows = pl.ds(0, self.type.rows) if rows is None else rows
         for c in range(self.type.chunks):
             part = source.at[index, pl.ds(row, rows.size), head, self._columns(c, row, column)]
-            plgpu.copy_gmem_to_smem(part, self.copied.at[n, c, rows], barrier)
+            plgpu.copy_gmem_to_smem(part, self.copied.at[n, c, rows], barrier, collective_axes=cluster)
 
     def store(self, target, index, row, head, n, rows: Any = None, column=0) -> None:
         """Starts writing tile n, or some rows of it, to rows from `row` of target[index, :, head].

@@ -53,17 +53,17 @@ def interpreted():
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 OLD = jax.__version_info__ < (0, 11)
 CASES = {
-    "small": (dict(B=1, S=72, Sk=136, Hq=1, D=64, mask=(1, 1, 72, 136)), {}),
+    "whole_tiles": (dict(B=1, S=128, Sk=256, Hq=1, D=64, mask=(1, 1, 128, 256)), {}),
     "two_heads": (dict(B=1, S=136, Hq=2, D=64, mask=(1, 1, 136, 136)), {}),
     "float32_mask": (dict(B=1, S=72, Sk=136, Hq=1, D=128, mask=(1, 1, 72, 136)), dict(scale=-0.5)),
-    "ragged": (dict(B=2, S=75, Sk=141, Hq=3, D=64, mask=(2, 1, 75, 141)), {}),
+    "ragged": (dict(B=2, S=141, Sk=75, Hq=3, D=64, mask=(2, 1, 141, 75)), {}),
     "of_heads": (dict(B=2, S=130, Hq=2, D=128, mask=(1, 2, 130, 130)), {}),
     "of_each": (dict(B=2, S=136, Hq=2, D=64, mask=(2, 2, 136, 136)), {}),
     "grouped": (dict(B=1, S=72, Hq=4, Hk=2, Hv=4, D=64, mask=(1, 1, 72, 72)), {}),
     "head_dims": (dict(B=1, S=90, Hq=2, D=40, Dv=56, mask=(1, 2, 90, 90)), {}),
     "one_token": (dict(B=2, S=1, Sk=3, Hq=2, D=64, mask=(1, 1, 1, 3)), {}),
 }
-QUICK = ("small",) if OLD else ("two_heads", "float32_mask")
+QUICK = ("whole_tiles",) if OLD else ("two_heads", "float32_mask")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in CASES])
