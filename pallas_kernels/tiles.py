@@ -54,12 +54,23 @@ FORWARD = {
     256: ForwardTile(block_kv=64, persistent=True, out_in_q=True, lazy=True, spill_bytes=72),  # 749 / 683
 }
 
+FORWARD_WITH_BIAS = {  # not measured yet; a bias takes as many registers as the scores
+    **FORWARD,
+    64: dataclasses.replace(FORWARD[64], block_kv=64),
+    128: dataclasses.replace(FORWARD[128], block_kv=64, stages=3),
+}
+
 
 BACKWARD = {
     64: BackwardTile(block_q=128, split_rows=True, spill_bytes=104),  # 532 / 456
     128: BackwardTile(block_q=64, spill_bytes=40),  # 586 / 565
     192: BackwardTile(block_q=64, block_kv=64, ds_stages=1, roles=True),  # 417 / 374 at B4 S4096
     256: BackwardTile(block_q=64, block_kv=64, ds_stages=1, roles=True, spill_bytes=40),  # 421 / 411
+}
+
+BACKWARD_WITH_BIAS = {  # not measured yet
+    **BACKWARD,
+    **{d: BackwardTile(block_q=64, block_kv=64, roles=True) for d in (64, 128)},
 }
 
 
@@ -69,8 +80,8 @@ def padded(head_dim: int) -> int:
 
 
 def forward_tile(p: AttentionProblem) -> ForwardTile:
-    return FORWARD[max(padded(p.D), padded(p.Dv))]
+    return (FORWARD if p.bias_shape is None else FORWARD_WITH_BIAS)[max(padded(p.D), padded(p.Dv))]
 
 
 def backward_tile(p: AttentionProblem) -> BackwardTile:
-    return BACKWARD[max(padded(p.D), padded(p.Dv))]
+    return (BACKWARD if p.bias_shape is None else BACKWARD_WITH_BIAS)[max(padded(p.D), padded(p.Dv))]

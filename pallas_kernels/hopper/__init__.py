@@ -27,7 +27,14 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
             p.deterministic and direction == "backward" and max(p.D, p.Dv) > 128,
             f"deterministic=True with head_dim={max(p.D, p.Dv)} must be <= 128",
         ),
-        (p.bias_shape is not None, "bias is not in the kernels"),
+        (
+            p.deterministic and direction == "backward" and p.bias_shape is not None,
+            "deterministic=True with bias is not in the kernels",
+        ),
+        (
+            direction == "backward" and p.bias_gradient and p.softcap is not None,
+            f"the gradient of a bias with softcap={p.softcap} is not in the kernels",
+        ),
         (p.key_ranges and p.alibi, "alibi_slopes with packed sequences or caches are not in the kernels"),
         (p.scale <= 0, f"scale={p.scale} must be > 0"),
         *_unproven(p),
@@ -36,7 +43,7 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
 
 
 def _unproven(p: AttentionProblem) -> list[tuple[bool, str]]:
-    asked = {"dropout": p.dropout_rate > 0, "mask": p.mask_shape is not None}
+    asked = {"dropout": p.dropout_rate > 0, "mask": p.mask_shape is not None, "bias": p.bias_shape is not None}
     text = "is in the kernels, but not yet proven on a GPU"
     return [(asked[name] and name in unproven.FEATURES, f"{name} {text}") for name in asked]
 
@@ -50,7 +57,7 @@ def forward(p: AttentionProblem, a: AttentionArrays) -> tuple[jax.Array, jax.Arr
 
 
 def backward(p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_lse) -> AttentionGradients:
-    """Gradients of q, k, v and sinks."""
+    """Gradients of q, k, v, bias and sinks."""
     from pallas_kernels.hopper.attention_gradients import attention_gradients
 
     with jax.enable_x64(False):

@@ -184,7 +184,7 @@ def _consumer(plan: Plan, refs: Refs, work: Work, visits: Visits, wg) -> None:
     row = work.block * ROWS + wg * 64
     lse2, delta = (_compat.load(refs.statistics_smem.at[wg, n], softmax.ROWS) for n in range(2))
     queries = query_rows.read(refs, work, wg, row, visits.range)
-    rows = Rows(wg, queries, visits, lse2, delta, dropping.read(refs, wg, softmax.ROWS))
+    rows = Rows(wg, queries, visits, lse2, delta, dropping.read_rows(refs, wg))
 
     def accumulate(dq_acc):
         lax.fori_loop(0, visits.steps, functools.partial(_step, plan, refs, rows, dq_acc), None)
@@ -226,12 +226,12 @@ def _ds(plan: Plan, refs: Refs, rows: Rows, step, slot, s_acc, dp_acc) -> jax.Ar
     tma.transposed_product(s_acc, refs.q_smem, mine, refs.k_smem, slot)
     running = tma.transposed_product(dp_acc, refs.do_smem, mine, refs.v_smem, slot)
     products = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
-    visit = rows.visits.at(step)
+    keys = query_rows.KeyBlock(slot, *rows.visits.at(step))
     s, factor, slope = query_rows.from_slot(
-        p, refs, rows.queries, rows.wg, slot, visit, products, plan.interpret, release=lambda: None
+        p, refs, rows.queries, rows.wg, keys, products, plan.interpret, release=lambda: None
     )
     weights = jnp.exp2(s * factor - softmax.over_columns(rows.lse2, s.shape))
-    weights = dropping.of_rows(p, weights, rows.drop, visit[0] * BLOCK_KV, plan.interpret)
+    weights = dropping.of_rows(p, weights, rows.drop, keys.number * BLOCK_KV, plan.interpret)
     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
     ds = dropping.score_gradient(p, weights, dp, softmax.over_columns(rows.delta, dp.shape))
     return (ds if slope is None else ds * slope).astype(p.dtype)

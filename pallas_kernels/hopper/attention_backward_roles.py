@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
 from pallas_kernels.hopper.attention_backward import CONSUMERS, Plan, make_plan, tile_types
-from pallas_kernels.parts import barriers, dropping, key_rows, masking, register_order, schedule, sparsity, tma
+from pallas_kernels.parts import barriers, bias, dropping, key_rows, masking, register_order, schedule, sparsity, tma
 from pallas_kernels.parts.key_rows import KeyRows, Walk, over_rows
 from pallas_kernels.parts.schedule import Work
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
@@ -74,14 +74,20 @@ class Refs(NamedTuple):
     listed_gmem: Any = None  # this and the next two: see sparsity
     bits_gmem: Any = None
     bits_smem: Any = None
+    bias_gmem: Any = None
+    d_bias_gmem: Any = None
+    d_bias_smem: Any = None  # of the interpreter
     drop_gmem: Any = None  # [B, H, 2, rows], see dropping
     drop_smem: Any = None
 
 
 def attention_backward_roles(
-    p: AttentionProblem, a: AttentionArrays, d_out, lse2, delta, dq, *, interpret: _compat.Interpret = None
+    p: AttentionProblem, a: AttentionArrays, d_out, lse2, delta, dq, d_bias=None, *, interpret: _compat.Interpret = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Adds dQ / scale to the accumulator `dq` and returns dK and dV; all as `attention_backward` has it."""
+    """Adds dQ / scale to the accumulator `dq` and returns dK and dV; all as `attention_backward` has it.
+
+    d_bias: an accumulator for the gradient of the bias, see `bias.zeros`.
+    """
     plan = make_plan(p, interpret)
     q, d_out = (tma.fit(x, plan.tile.block_q) for x in (a.q, d_out))
     k, v = (tma.fit(x, plan.tile.block_kv) for x in (a.k, a.v))
@@ -91,6 +97,7 @@ def attention_backward_roles(
         **features,
         **key_rows.order(features),
         "dq_gmem": dq,
+        **({} if d_bias is None else {"d_bias_gmem": d_bias}),
     }
     kernel = _compat.kernel(
         functools.partial(_kernel, plan, (*inputs, "dk_gmem", "dv_gmem")),
@@ -116,6 +123,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         **{name: x.scratch for name, x in types.items()},
         **key_rows.scratch(p, t.stages, plan.block),
         **staging,
+        **bias.staging(p, t.block_q, t.block_kv, plan.interpret),
         "p_smem": plgpu.SMEM((P_STAGES, *scores), jnp.dtype(p.dtype), transforms=tma.TILED),
         "ds_smem": plgpu.SMEM((t.ds_stages, *scores), jnp.dtype(p.dtype), transforms=tma.TILED),
         "lse_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
@@ -257,7 +265,7 @@ def _key_step(plan: Plan, refs: Refs, work: Work, walk: Walk, dk_acc, step, _) -
     t = plan.tile
     slot, ds_slot = lax.rem(step, t.stages), lax.rem(step, t.ds_stages)
     plgpu.barrier_wait(refs.do_full.at[slot])
-    form = functools.partial(_ds, plan, refs, step, slot)
+    form = functools.partial(_ds, plan, refs, work, walk, step, slot)
     ds = pl.run_scoped(form, plgpu.ACC((64, t.block_q), jnp.float32))
     pl.when(step > 0)(lambda: plgpu.barrier_arrive(refs.q_empty.at[lax.rem(step - 1, t.stages)]))
     pl.when(step >= t.ds_stages)(lambda: plgpu.barrier_wait(refs.ds_empty.at[ds_slot]))
@@ -270,7 +278,7 @@ def _key_step(plan: Plan, refs: Refs, work: Work, walk: Walk, dk_acc, step, _) -
     _add_dq(plan, refs, work, walk, step, 1, range((plan.dq_parts + 1) // 2, plan.dq_parts))
 
 
-def _ds(plan: Plan, refs: Refs, step, slot, dp_acc) -> jax.Array:
+def _ds(plan: Plan, refs: Refs, work: Work, walk: Walk, step, slot, dp_acc) -> jax.Array:
     """dS^T [64, block_q] in the input dtype."""
     p, p_slot = plan.problem, lax.rem(step, P_STAGES)
     tma.transposed_product(dp_acc, refs.v_smem, 0, refs.do_smem, slot)
@@ -281,7 +289,12 @@ def _ds(plan: Plan, refs: Refs, step, slot, dp_acc) -> jax.Array:
     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)  # and dK of the step before is done
     barriers.fence(plan.interpret)  # delta has been read, and TMA refills its slot
     plgpu.barrier_arrive(refs.do_empty.at[slot])
-    return dropping.score_gradient(p, weights.astype(jnp.float32), dp, over_rows(delta, dp.shape)).astype(p.dtype)
+    ds = dropping.score_gradient(p, weights.astype(jnp.float32), dp, over_rows(delta, dp.shape))
+    if refs.d_bias_gmem is not None:
+        head, block = walk.at(step)
+        at = work.b, head, block * plan.tile.block_q, work.block * plan.tile.block_kv
+        bias.add(p, refs.d_bias_gmem, refs.d_bias_smem, *at, ds, plan.interpret)
+    return ds.astype(p.dtype)
 
 
 def _add_dq(plan: Plan, refs: Refs, work: Work, walk: Walk, step, wg: int, parts: range) -> None:

@@ -27,12 +27,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _compat, tiles
 from pallas_kernels.parts import barriers, dropping, query_rows, ranges, schedule, softmax, sparsity, tma
 from pallas_kernels.parts.barriers import NamedBarrier
-from pallas_kernels.parts.query_rows import QueryRows
 from pallas_kernels.parts.schedule import Schedule, Work
 from pallas_kernels.parts.softmax import Softmax
-from pallas_kernels.parts.sparsity import Visits
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
-from pallas_kernels.tiles import ForwardTile
 
 WGMMA = plgpu.Layout.WGMMA
 
@@ -42,7 +39,7 @@ class Plan:
     """Everything static about one launch."""
 
     problem: AttentionProblem
-    tile: ForwardTile
+    tile: tiles.ForwardTile
     schedule: Schedule
     any_row: bool
     interpret: _compat.Interpret
@@ -104,6 +101,7 @@ class Refs(NamedTuple):
     listed_gmem: Any = None  # this and the next two: see sparsity
     bits_gmem: Any = None
     bits_smem: Any = None
+    bias_gmem: Any = None
     drop_gmem: Any = None  # [B, H, 2, rows], see dropping
     drop_smem: Any = None
 
@@ -201,7 +199,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     lax.cond(wg < plan.tile.warpgroups, consume, produce)
 
 
-def _visits(plan: Plan, refs: Refs, work: Work) -> Visits:
+def _visits(plan: Plan, refs: Refs, work: Work) -> sparsity.Visits:
     """The key blocks of a tile: at least one, wholly masked if need be, so that no role has an empty case."""
     t = plan.tile
     keys = query_rows.key_blocks(plan.problem, refs, work, t.rows, t.block_kv)
@@ -240,11 +238,10 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
         pl.when(done + step >= t.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
         block, _ = visits.at(step)
         smem.load(gmem, work.b, block * t.block_kv, kv_head, slot, full.at[slot])
+        return slot, block
 
     def load_keys(step):
-        load(step, refs.k_smem, refs.k_gmem, refs.k_full, refs.k_empty)
-        slot = lax.rem(done + step, t.stages)
-        block, _ = visits.at(step)
+        slot, block = load(step, refs.k_smem, refs.k_gmem, refs.k_full, refs.k_empty)
         query_rows.load_keys(refs, work.b, block * t.block_kv, slot, refs.k_full.at[slot])
         sparsity.load(refs, work.b, work.h, work.block, block, slot, refs.k_full.at[slot])
 
@@ -276,20 +273,17 @@ def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
     visits = _visits(plan, refs, work)
     plgpu.barrier_wait(refs.q_full)
     first = work.block * plan.tile.rows + wg * 64
-    drop = dropping.read(refs, wg, softmax.ROWS)
-    if drop is not None:
-        plgpu.commit_smem()  # TMA brings those of the next tile
-    rows = Rows(wg, done, _start(refs, work), query_rows.read(refs, work, wg, first, visits.range), visits, drop)
-    steps = visits.steps
-    carry = lax.fori_loop(1, steps, functools.partial(_step, plan, refs, rows), _first(plan, refs, rows))
+    queries = query_rows.read(refs, work, wg, first, visits.range)
+    rows = Rows(wg, work, done, _start(refs, work), queries, visits, dropping.read_rows(refs, wg))
+    carry = lax.fori_loop(1, visits.steps, functools.partial(_step, plan, refs, rows), _first(plan, refs, rows))
     if not plan.tile.out_in_q:
         plgpu.barrier_arrive(refs.q_empty)
-    acc = _last(plan, refs, done + steps - 1, carry)
+    acc = _last(plan, refs, done + visits.steps - 1, carry)
     _epilogue(plan, refs, wg, work, acc, carry.state)
     if plan.tile.out_in_q and plan.schedule.persistent:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(refs.q_empty)
-    return done + steps
+    return done + visits.steps
 
 
 def _start(refs: Refs, work: Work) -> Softmax:
@@ -303,11 +297,17 @@ class Rows(NamedTuple):
     """The query rows of one consumer, and how many key blocks earlier tiles took."""
 
     wg: jax.Array
+    work: Work
     done: Any
     start: Softmax  # before any key
-    queries: QueryRows
-    visits: Visits
+    queries: query_rows.QueryRows
+    visits: sparsity.Visits
     drop: Any  # the keys of dropout
+
+    def key_block(self, plan: Plan, refs: Refs, step, slot) -> query_rows.KeyBlock:
+        """The keys of a step, whose bias is on its way while the products are formed."""
+        at, size = self.visits.at(step), plan.tile.block_kv
+        return query_rows.key_block(refs, self.work, self.queries, slot, at, size, plan.interpret)
 
 
 class Carry(NamedTuple):
@@ -329,7 +329,7 @@ def _first(plan: Plan, refs: Refs, rows: Rows) -> Carry:
         return s_acc[...]
 
     s = pl.run_scoped(product, plgpu.ACC((64, t.block_kv), jnp.float32))
-    state, weights, _ = _softmax(plan, refs, rows, 0, slot, rows.start, s)
+    state, weights, _ = _softmax(plan, refs, rows, rows.key_block(plan, refs, 0, slot), rows.start, s)
     acc = plgpu.layout_cast(jnp.zeros((64, tiles.padded(p.Dv)), jnp.float32), WGMMA)
     return Carry(acc, weights, state)
 
@@ -349,8 +349,9 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
         running = tma.product(o_acc, carry.weights, refs.v_smem, v_slot)
         if plan.takes_turns:
             plan.turn.arrive(refs.turn, barriers.following(rows.wg, t.warpgroups))
+        keys = rows.key_block(plan, refs, step, k_slot)
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
-        state, weights, fade = _softmax(plan, refs, rows, step, k_slot, carry.state, s)
+        state, weights, fade = _softmax(plan, refs, rows, keys, carry.state, s)
         acc = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
         plgpu.barrier_arrive(refs.v_empty.at[v_slot])
         return Carry(softmax.faded(acc, fade, t.lazy, plan.interpret), weights, state)
@@ -373,15 +374,14 @@ def _last(plan: Plan, refs: Refs, step, carry: Carry) -> jax.Array:
     return acc
 
 
-def _softmax(plan: Plan, refs: Refs, rows: Rows, step, slot, state: Softmax, products):
+def _softmax(plan: Plan, refs: Refs, rows: Rows, keys: query_rows.KeyBlock, state: Softmax, products):
     """Takes a tile of q k^T into the running softmax, and gives the room of its keys back."""
     p, t = plan.problem, plan.tile
-    visit = rows.visits.at(step)
-    release = functools.partial(plgpu.barrier_arrive, refs.k_empty.at[slot])
-    s, factor, _ = query_rows.from_slot(p, refs, rows.queries, rows.wg, slot, visit, products, plan.interpret, release)
+    release = functools.partial(plgpu.barrier_arrive, refs.k_empty.at[keys.slot])
+    s, factor, _ = query_rows.from_slot(p, refs, rows.queries, rows.wg, keys, products, plan.interpret, release)
     guarded = not query_rows.sees_all(p, t.block_kv)
     state, weights, fade = softmax.step(state, s, factor, guarded, t.lazy)
-    weights = dropping.of_rows(p, weights, rows.drop, visit[0] * t.block_kv, plan.interpret)
+    weights = dropping.of_rows(p, weights, rows.drop, keys.number * t.block_kv, plan.interpret)
     return state, dropping.kept(p, weights).astype(p.dtype), fade
 
 

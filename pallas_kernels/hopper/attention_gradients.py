@@ -13,6 +13,7 @@ from pallas_kernels.hopper.attention_backward_q import attention_backward_q
 from pallas_kernels.hopper.attention_backward_roles import attention_backward_roles
 from pallas_kernels.hopper.attention_delta import attention_delta
 from pallas_kernels.hopper.attention_dq import attention_dq
+from pallas_kernels.parts import bias
 from pallas_kernels.parts.softmax import LOG2E
 from pallas_kernels.problem import AttentionArrays, AttentionGradients, AttentionProblem
 
@@ -21,18 +22,23 @@ from pallas_kernels.problem import AttentionArrays, AttentionGradients, Attentio
 def attention_gradients(
     p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_lse, *, interpret: _compat.Interpret = None
 ) -> AttentionGradients:
-    """Gradients of q, k and v from both outputs and their cotangents."""
+    """Gradients of q, k, v, bias and sinks from both outputs and their cotangents."""
     plan = attention_backward.make_plan(p, interpret)
     lse2, delta, zeros = attention_delta(plan, out, lse, d_out, d_lse)
     accumulator = None if zeros is None else _compat.accumulator(zeros)
-    backward = attention_backward_roles if plan.tile.roles else attention_backward.attention_backward
-    dk, dv = backward(p, a, d_out, lse2, delta, accumulator, interpret=interpret)
+    zeros = bias.zeros(p, plan.tile.block_q, plan.tile.block_kv)
+    d_bias = None if zeros is None else _compat.accumulator(zeros)
+    if plan.tile.roles:
+        dk, dv = attention_backward_roles(p, a, d_out, lse2, delta, accumulator, d_bias, interpret=interpret)
+    else:
+        dk, dv = attention_backward.attention_backward(p, a, d_out, lse2, delta, accumulator, interpret=interpret)
     if accumulator is None:
         dq = attention_backward_q(p, a, d_out, lse2, delta, interpret=interpret)
     else:
         dq = attention_dq(plan, accumulator[...])
     d_sinks = None if a.sinks is None else _sink_gradient(p, a.sinks, lse2, delta)
-    return AttentionGradients(q=dq, k=dk, v=dv, sinks=d_sinks)
+    d_bias = bias.gradient(p, None if d_bias is None else d_bias[...], a, lse2, delta, d_lse)
+    return AttentionGradients(q=dq, k=dk, v=dv, bias=d_bias, sinks=d_sinks)
 
 
 def _sink_gradient(p: AttentionProblem, sinks, lse2, delta) -> jax.Array:

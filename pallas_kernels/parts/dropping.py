@@ -58,6 +58,14 @@ def read(refs, n, layout) -> list[jax.Array] | None:
     return [_compat.load(refs.drop_smem.at[n, m], layout) for m in range(2)]
 
 
+def read_rows(refs, n) -> list[jax.Array] | None:
+    """The keys of the rows of consumer n; a fence, for TMA brings those of its next tile."""
+    keys = read(refs, n, ROWS)
+    if keys is not None:
+        plgpu.commit_smem()
+    return keys
+
+
 def of_rows(p: AttentionProblem, weights: jax.Array, keys, first_column, interpret: Interpret) -> jax.Array:
     """Weights [queries, keys], negative where dropped."""
     if keys is None:

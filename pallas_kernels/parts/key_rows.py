@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat
-from pallas_kernels.parts import dropping, masking, query_rows, ranges, scores, softmax, sparsity, tma
+from pallas_kernels.parts import bias, dropping, masking, query_rows, ranges, scores, softmax, sparsity, tma
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Work
 from pallas_kernels.parts.scores import Scores
@@ -159,13 +159,17 @@ def _hide_some(refs, rows: KeyRows, slot, interpret: _compat.Interpret, s) -> ja
 
 
 def _modify(p: AttentionProblem, refs, rows: KeyRows, step, products, interpret: _compat.Interpret) -> Scores:
-    """Softcap and ALiBi."""
+    """Softcap, bias and ALiBi."""
     head, block = rows.walk.at(step)
     slope = None
     if refs.slopes_gmem is not None:
         slope = refs.slopes_gmem[tma.batch_entry(refs.slopes_gmem, rows.work.b), head]
     apart = rows.work.block * rows.block.kv + rows.offset - (block * rows.block.q + p.offset)
-    return scores.modify(p, products, slope, apart, interpret)
+    added = None
+    if p.bias_shape is not None:
+        at = rows.work.b, head, block * rows.block.q, rows.first
+        added = bias.tile(refs.bias_gmem, *at, products.shape, True, interpret)
+    return scores.modify(p, products, slope, apart, interpret, added)
 
 
 def _hide(p: AttentionProblem, rows: KeyRows, step, s, interpret: _compat.Interpret) -> jax.Array:

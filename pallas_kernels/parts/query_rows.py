@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat
-from pallas_kernels.parts import dropping, masking, ranges, scores, softmax, sparsity, tma
+from pallas_kernels.parts import bias, dropping, masking, ranges, scores, softmax, sparsity, tma
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Work
 from pallas_kernels.parts.scores import Scores
@@ -34,7 +34,8 @@ def inputs(p: AttentionProblem, a: AttentionArrays, rows: int, block_kv: int) ->
     if a.key_ranges is not None:
         found["limits_gmem"] = ranges.limits(a.key_ranges, rows)
         found["visits_gmem"] = ranges.table(a.key_ranges, rows, block_kv, p.Sk)
-    return {**found, **dropping.inputs(p, a, rows), **sparsity.by_query(p, a, rows, block_kv)}
+    found |= {**dropping.inputs(p, a, rows), **sparsity.by_query(p, a, rows, block_kv)}
+    return {**found, **bias.inputs(a, rows, block_kv)}
 
 
 def scratch(p: AttentionProblem, warpgroups: int, stages: int, block_kv: int) -> dict[str, Any]:
@@ -113,25 +114,38 @@ def key_ids(refs, slot):
 
 def sees_all(p: AttentionProblem, block_kv: int) -> bool:
     """Whether every row sees every key of every block, so that nothing is ever -inf."""
-    limited = p.left is not None or p.right is not None or p.key_ranges or p.segments or p.mask_shape is not None
+    limited = p.left is not None or p.right is not None or p.key_ranges or p.segments
+    limited = limited or p.mask_shape is not None or p.bias_shape is not None  # a bias may be -inf
     return not limited and p.Sk % block_kv == 0
 
 
-def from_slot(
-    p: AttentionProblem, refs, rows: QueryRows, part, slot, visit, products, interpret: _compat.Interpret, release
-) -> Scores:
-    """`scored` for the rows of that number and the keys in a slot; calls `release` when it is done with the slot.
+class KeyBlock(NamedTuple):
+    """A block of keys as the rows of a consumer meet it."""
 
-    visit: the number of the key block, and whether its list says that nothing of it is hidden.
-    """
-    block, whole = visit
-    if whole is None:
-        ids = key_ids(refs, slot)
+    slot: Any
+    number: jax.Array
+    whole: Any  # whether its list says that nothing of it is hidden; None: there is no list
+    bias: Any = None  # of its scores
+
+
+def key_block(refs, work: Work, rows: QueryRows, slot, at, block_kv: int, interpret: _compat.Interpret) -> KeyBlock:
+    """The keys `at` that block, with their bias on its way."""
+    block, whole = at
+    added = bias.tile(refs.bias_gmem, work.b, work.h, rows.first, block * block_kv, (64, block_kv), False, interpret)
+    return KeyBlock(slot, block, whole, added)
+
+
+def from_slot(
+    p: AttentionProblem, refs, rows: QueryRows, part, keys: KeyBlock, products, interpret: _compat.Interpret, release
+) -> Scores:
+    """`scored` for the rows of that number and the keys in a slot; calls `release` when it is done with the slot."""
+    if keys.whole is None:
+        ids = key_ids(refs, keys.slot)
         release()
-        return scored(p, rows, block, products, ids, interpret)
-    found = scored(p, rows, block, products, None, interpret)
-    hide = functools.partial(_hide_some, refs, rows, part, slot, interpret)
-    s = lax.cond(whole, lambda s: s, hide, found.s)
+        return scored(p, rows, keys.number, products, ids, interpret, keys.bias)
+    found = scored(p, rows, keys.number, products, None, interpret, keys.bias)
+    hide = functools.partial(_hide_some, refs, rows, part, keys.slot, interpret)
+    s = lax.cond(keys.whole, lambda s: s, hide, found.s)
     plgpu.commit_smem()  # TMA refills the slot
     release()
     return found._replace(s=s)
@@ -143,10 +157,14 @@ def _hide_some(refs, rows: QueryRows, part, slot, interpret: _compat.Interpret, 
     return sparsity.hide(s, sparsity.read(refs, slot, part), rows.ids, ids, interpret)
 
 
-def scored(p: AttentionProblem, rows: QueryRows, block, products, ids, interpret: _compat.Interpret) -> Scores:
+def scored(
+    p: AttentionProblem, rows: QueryRows, block, products, ids, interpret: _compat.Interpret, added=None
+) -> Scores:
     """The scores of a block of keys from products q k^T [64, block_kv], -inf where one is not seen."""
     block_kv = products.shape[1]
-    s, factor, slope = scores.modify(p, products, rows.slope, rows.first + p.offset - block * block_kv, interpret)
+    s, factor, slope = scores.modify(
+        p, products, rows.slope, rows.first + p.offset - block * block_kv, interpret, added
+    )
     if p.left is not None or p.right is not None or p.key_ranges or p.Sk % block_kv:
         cut = (block < rows.keys.full_lo) | (block >= rows.keys.full_hi)
         s = lax.cond(cut, functools.partial(_hide, p, rows, block, interpret), lambda s: s, s)

@@ -1,4 +1,4 @@
-"""Softcap and ALiBi on a tile of scores in wgmma's register layout, whichever way round the tile lies."""
+"""Softcap, bias and ALiBi on a tile of scores in wgmma's register layout, whichever way round the tile lies."""
 
 from __future__ import annotations
 
@@ -27,17 +27,21 @@ class Scores(NamedTuple):
     slope: jax.Array | None
 
 
-def modify(p: AttentionProblem, products: jax.Array, alibi_slope, apart, interpret: Interpret) -> Scores:
-    """softcap(scale q k^T) - alibi_slope |i - j| from the products q k^T [rows, columns].
+def modify(
+    p: AttentionProblem, products: jax.Array, alibi_slope, apart, interpret: Interpret, bias: jax.Array | None = None
+) -> Scores:
+    """softcap(scale q k^T) + bias - alibi_slope |i - j| from the products q k^T [rows, columns].
 
     apart: the position of row 0 less that of column 0. A plain call multiplies nothing: its scale is the factor.
     """
-    if p.softcap is None and not p.alibi:
+    if p.softcap is None and not p.alibi and bias is None:
         return Scores(products, p.scale * LOG2E, None)
     s, slope = products * p.scale, None
     if p.softcap is not None:
         bent = 1.0 - 2.0 / (1.0 + jnp.exp2(s * (2.0 * LOG2E / p.softcap)))  # tanh, ten bits better than tanh.approx
         s, slope = bent * p.softcap, 1.0 - bent * bent
+    if bias is not None:
+        s = s + bias
     if p.alibi:
         s = s - _distance(apart, s.shape, interpret) * alibi_slope
     return Scores(s, LOG2E, slope)

@@ -18,9 +18,14 @@ from jaxlib.mlir.dialects import arith, gpu, vector
 
 def first_column() -> ir.Value:
     """The first column of this thread, int32."""
-    i32 = ir.IntegerType.get_signless(32)
-    thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
-    return arith.muli(arith.remui(thread, integer(4)), integer(2))
+    return arith.muli(arith.remui(_thread(), integer(4)), integer(2))
+
+
+def first_row() -> ir.Value:
+    """The first of the two rows of this thread, which are 8 apart, int32."""
+    thread = arith.remui(_thread(), integer(128))
+    warp, lane = arith.divui(thread, integer(32)), arith.remui(thread, integer(32))
+    return arith.addi(arith.muli(warp, integer(16)), arith.divui(lane, integer(4)))
 
 
 def tile(shape: tuple[int, int], element: Callable[[tuple, int, int, int], ir.Value]) -> mgpu.FragmentedArray:
@@ -32,6 +37,11 @@ def tile(shape: tuple[int, int], element: Callable[[tuple, int, int, int], ir.Va
         j, row = divmod(n, 2)
         registers[index] = vector.from_elements(pair, [element(index, e, 8 * j + e, row) for e in range(2)])
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _thread() -> ir.Value:
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
 
 
 def integer(x: int) -> ir.Value:

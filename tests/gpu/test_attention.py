@@ -96,6 +96,14 @@ UNPROVEN = {
         dict(B=2, Sq=700, Sk=900, D=64, sinks=True),
         dict(deterministic=True, mask=blocks(2, 1, 700, 900), segment_ids=SEGMENTS),
     ),
+    "bias": (dict(Sq=1000, Sk=1200, H=4, Hk=2, D=128, bias=(1, 4, 1000, 1200)), dict(causal=True, **DROPOUT)),
+    "bias_of_each": (dict(B=2, Sq=1024, H=2, D=128, bias=(2, 2, 1024, 1024)), {}),
+    "bias_D64": (dict(B=2, Sq=700, Sk=900, H=2, D=64, bias=(1, 1, 700, 900)), dict(mask=blocks(2, 1, 700, 900))),
+    "bias_of_keys": (dict(B=2, Sq=700, Sk=900, H=4, Hk=2, D=64, bias=(2, 1, 1, 900)), dict(window=(90, 20))),
+    "bias_of_keys_D256": (dict(B=2, Sq=500, H=2, D=256, bias=(1, 2, 1, 500)), {}),
+    "bias_of_queries": (dict(B=2, Sq=700, H=2, D=64, bias=(1, 2, 700, 1), sinks=True), dict(causal=True)),
+    "bias_D256": (dict(B=2, Sq=500, H=4, Hk=2, D=256, bias=(1, 4, 500, 500)), dict(causal=True)),
+    "bias_D192": (dict(B=2, Sq=517, H=2, D=192, Dv=128, bias=(2, 2, 517, 517)), {}),
     "nothing_is_seen": (dict(Sq=300, H=1, D=128), dict(mask=jnp.zeros((1, 1, 300, 300), bool))),
     "segments": (dict(B=2, Sq=700, Sk=900, D=128), dict(segment_ids=SEGMENTS)),
     "ordered_segments": (dict(B=2, Sq=700, Sk=900, H=4, Hk=2, D=128), dict(segment_ids=ORDERED)),
@@ -135,6 +143,19 @@ def test_packed_sequences(name):
         return by_sequence(**arrays, cu_q=np.asarray(cu_q), cu_k=np.asarray(cu_k), **options)
 
     assert_follows(ours, oracle, arrays)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_bias_of_another_dtype(dtype):
+    """As added in bfloat16, for its values are."""
+    arrays = inputs(0, jnp.bfloat16, B=2, Sq=600, H=2, D=128, bias=(1, 2, 600, 600))
+    outputs = []
+    jax.clear_caches()
+    with mock.patch.object(unproven, "FEATURES", set()):
+        for kind in (jnp.bfloat16, dtype):
+            bias = (arrays["bias"].astype(jnp.bfloat16) / 8).astype(kind)
+            outputs.append(flash_attention(*(arrays[n] for n in "qkv"), bias=bias, implementation="hopper"))
+    assert jnp.array_equal(*outputs)
 
 
 def test_float16():

@@ -37,6 +37,10 @@ CALLS = {
             segment_ids=jnp.zeros((2, 2048), jnp.int32),
         ),
     ),
+    "D128_bias": (dict(D=128, bias=(1, 16, 2048, 2048)), dict(causal=True)),
+    "D64_bias": (dict(D=64, S=1001, bias=(2, 16, 1001, 1001)), {}),
+    "D256_bias": (dict(D=256, bias=(2, 1, 1, 2048)), {}),
+    "D192_bias": (dict(D=192, Dv=128, bias=(1, 1, 2048, 2048)), dict(causal=True)),
     "D64_softcap": (dict(D=64), dict(softcap=20.0)),
     "D64_alibi": (dict(D=64, S=1001), dict(alibi_slopes=jnp.ones((2, 16)))),
     "D64_segments": (dict(D=64), dict(segment_ids=jnp.zeros((2, 2048), jnp.int32))),
@@ -60,26 +64,29 @@ CALLS = {
 }
 
 
-def shapes(*, B=2, S=2048, H=16, Hk=None, D, Dv=None, sinks=False, dtype=jnp.bfloat16):
-    """q, k, v, sinks or None, and the cotangents of out and lse."""
+def shapes(*, B=2, S=2048, H=16, Hk=None, D, Dv=None, sinks=False, bias=None, dtype=jnp.bfloat16):
+    """q, k, v, what else is differentiable, and the cotangents of out and lse."""
     Hk, Dv = Hk or H, Dv or D
     array = jax.ShapeDtypeStruct
     q, k, v = array((B, S, H, D), dtype), array((B, S, Hk, D), dtype), array((B, S, Hk, Dv), dtype)
     cotangents = array((B, S, H, Dv), dtype), array((B, H, S), jnp.float32)
-    return (q, k, v), array((H,), jnp.float32) if sinks else None, *cotangents
+    more = {"sinks": array((H,), jnp.float32)} if sinks else {}
+    if bias is not None:
+        more["bias"] = array(bias, dtype)
+    return (q, k, v), more, *cotangents
 
 
 def forward_and_backward(options: dict):
-    """out, lse and the gradients of q, k, v and sinks, by the Hopper kernels. A mask is given by its shape."""
+    """out, lse and the gradients of q, k, v, bias and sinks, by the Hopper kernels. A mask is given by its shape."""
 
-    def run(qkv, sinks, d_out, d_lse):
+    def run(qkv, more, d_out, d_lse):
         arrays = {"mask": jnp.broadcast_to(d_lse[0, 0, 0] > 0, options["mask"])} if "mask" in options else {}
 
-        def attend(qkv, sinks):
+        def attend(qkv, more):
             call = packed if "sequences" in options else flash_attention
-            return call(*qkv, sinks=sinks, **{**options, **arrays}, return_lse=True, implementation="hopper")
+            return call(*qkv, **{**options, **arrays, **more}, return_lse=True, implementation="hopper")
 
-        outputs, pull = jax.vjp(attend, qkv, sinks)
+        outputs, pull = jax.vjp(attend, qkv, more)
         return outputs, pull((d_out, d_lse))
 
     return run

@@ -70,6 +70,11 @@ CASES = {
         dict(B=2, Sq=200, Sk=300, H=1, D=64, sinks=True),
         dict(deterministic=True, mask=blocks(2, 1, 200, 300), segment_ids=SEGMENTS),
     ),
+    "bias": (dict(Sq=150, Sk=200, H=2, Hk=1, D=128, bias=(1, 2, 150, 200)), dict(causal=True, **DROPOUT)),
+    "bias_of_each_D64": (dict(B=2, Sq=128, H=1, D=64, bias=(2, 1, 128, 128)), {}),
+    "bias_of_keys": (dict(B=2, Sq=150, Sk=130, H=2, Hk=1, D=64, bias=(2, 1, 1, 130)), dict(window=(90, 20))),
+    "bias_of_queries": (dict(B=2, Sq=130, Sk=70, H=2, D=64, bias=(1, 2, 130, 1), sinks=True), dict(causal=True)),
+    "bias_D256": (dict(B=2, Sq=128, H=1, D=256, bias=(1, 1, 128, 128)), dict(mask=blocks(2, 1, 128, 128))),
     "segments_in_order": (
         dict(Sq=384, H=2, Hk=1, D=128),
         dict(causal=True, segment_ids=jnp.asarray(np.repeat([3, 4, 9, 9], [130, 60, 150, 44]))[None]),
@@ -77,9 +82,16 @@ CASES = {
 }
 OLD = jax.__version_info__ < (0, 11)
 RUN = {"full", "grouped_D64"} if OLD else CASES
+# Of these the others show most.
+SLOW = {"dropout", "dropout_D256", "dropout_deterministic", "mask", "mask_D64", "mask_of_keys", "mask_of_queries"}
+SLOW |= {"bias_of_each_D64", "bias_of_keys", "bias_of_queries", "bias_D256", "segments_in_order"}
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name in RUN])
+def case(name: str):
+    return pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+
+
+@pytest.mark.parametrize("name", [case(name) for name in CASES if name in RUN])
 def test_matches_oracle(name):
     shape, options = CASES[name]
     with hopper_on_the_cpu():
@@ -94,10 +106,11 @@ def test_segments_without_lists():
         assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), options, "hopper")
 
 
-@pytest.mark.parametrize("feature", ["dropout", "mask"])
+@pytest.mark.parametrize("feature", ["dropout", "mask", "bias"])
 def test_what_no_gpu_has_run_is_not_dispatched_to(feature):
     q, k, v = (jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16) for _ in range(3))
-    options = {"dropout": DROPOUT, "mask": dict(mask=blocks(1, 1, 128, 128))}[feature]
+    bias = jnp.zeros((1, 1, 128, 1))
+    options = {"dropout": DROPOUT, "mask": dict(mask=blocks(1, 1, 128, 128)), "bias": dict(bias=bias)}[feature]
     with mock.patch.object(unproven, "FEATURES", {feature}):
         reason = why_not(q, k, v, implementation="hopper", target="sm_90", **options)
     assert reason == f"{feature} is in the kernels, but not yet proven on a GPU"

@@ -36,7 +36,9 @@ def compiled(shape: dict, options: dict) -> dict[str, Kernel]:
 def complaints(shape: dict, kernels: dict[str, Kernel], more_spills: int = 0) -> list[str]:
     """Where the kernels break the promises of their tiles."""
     D = tiles.padded(shape["D"])
-    forward, backward = tiles.FORWARD[D], tiles.BACKWARD[D]
+    with_bias = "bias" in shape
+    forward = (tiles.FORWARD_WITH_BIAS if with_bias else tiles.FORWARD)[D]
+    backward = (tiles.BACKWARD_WITH_BIAS if with_bias else tiles.BACKWARD)[D]
     limits = {  # bytes to spill, warpgroups
         "attention_forward": (forward.spill_bytes, forward.warpgroups + 1),
         "attention_backward": (backward.spill_bytes, 3),

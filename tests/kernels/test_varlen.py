@@ -18,7 +18,12 @@ CASES = {
     "full": ((100, 1, 90, 65), (100, 1, 90, 65), dict(D=128, H=1, Hk=1), {}),
     "causal": ((130, 0, 126), (60, 5, 191), dict(D=128, H=2, Hk=1), dict(causal=True)),
     "window_D64": ((200, 184), (200, 184), dict(D=64, H=1, Hk=1), dict(causal=True, window=(50, None))),
-    "mask": ((100, 1, 90), (150, 0, 90), dict(D=64, H=2, Hk=1), dict(causal=True, mask=blocks(1, 2, 191, 240))),
+    "mask_and_bias": (
+        (100, 1, 90),
+        (150, 0, 90),
+        dict(D=64, H=2, Hk=1),
+        dict(causal=True, mask=blocks(1, 2, 191, 240), bias=jnp.sin(jnp.arange(191.0 * 240).reshape(1, 1, 191, 240))),
+    ),
     "unused_rows": ((40, 30), (200, 100), dict(D=64, H=2, Hk=2), dict(causal=True)),
 }
 
