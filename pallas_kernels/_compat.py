@@ -9,6 +9,9 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+# Whether a tile of 16-bit elements may be read transposed, from shared memory into registers.
+TRANSPOSED_LOADS = jax.__version_info__ >= (0, 11)
+
 # Set by tests: an InterpretGPUParams runs a kernel on the CPU, None compiles it.
 Interpret = Any
 

@@ -56,7 +56,7 @@ FORWARD = {
     (64, 2): MaskedForward(together=2, spill_bytes=208),
     (64, 4): MaskedForward(together=2, mask_stages=1, spill_bytes=240),
     (128, 2): MaskedForward(),
-    (128, 4): MaskedForward(mask_stages=1, spill_bytes=8),
+    (128, 4): MaskedForward(mask_stages=1, spill_bytes=48),
 }
 
 BACKWARD = {

@@ -3,8 +3,9 @@
     dV = scale (Q K^T M)^T dO    dA = (dO V^T) M    dK = scale dA^T Q    dQ = scale dA K
 
 `attention_backward` without a softmax: a CTA owns a block of keys, 64 rows for each of two consumer warpgroups, and
-walks over the queries. It forms the transposed scores, so it takes the mask transposed, tile by tile; there are no
-row statistics. dA goes through shared memory, and dQ is added in float32 by TMA, as there.
+walks over the queries. It forms the transposed scores, so it wants the mask transposed: `ldmatrix` does that for 16 bits
+on the way to the registers, of a float32 mask a transposed copy is made first. There are no row statistics. dA goes
+through shared memory, and dQ is added in float32 by TMA, as there.
 """
 
 from __future__ import annotations
@@ -41,9 +42,15 @@ class Plan(attention_backward.Plan):
     sharing: Sharing
     mask_dtype: str
 
+    @property
+    def turned(self) -> bool:
+        """Whether the mask is transposed in memory already."""
+        return jnp.dtype(self.mask_dtype).itemsize != 2 or not _compat.TRANSPOSED_LOADS
+
     def tile_types(self) -> dict[str, tma.TileType]:
         t = self.tile
-        mask = shared_mask.tile_type(t.mask_stages, t.block_kv, t.block_q, self.mask_dtype, self.interpret)
+        shape = (t.block_kv, t.block_q) if self.turned else (t.block_q, t.block_kv)
+        mask = shared_mask.tile_type(t.mask_stages, *shape, self.mask_dtype, self.interpret)
         return {**attention_backward.tile_types(self), "mask_smem": mask}
 
 
@@ -54,7 +61,7 @@ class Refs(NamedTuple):
     k_gmem: Any
     v_gmem: Any
     do_gmem: Any
-    mask_gmem: Any  # transposed: [B|1, H|1, Sk, Sq]
+    mask_gmem: Any  # [B|1, H|1, Sq, Sk], or turned
     dq_gmem: Any
     dk_gmem: Any
     dv_gmem: Any
@@ -80,10 +87,11 @@ def linear_masked_backward(
     p: LinearProblem, a: LinearArrays, d_out: jax.Array, *, interpret: _compat.Interpret = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dQ, dK and dV, one for each output head: [B, Sq or Sk, H, D or Dv]."""
-    mask = shared_mask.in_memory(jnp.swapaxes(a.mask, 2, 3), p.dtype, 1, 1)
+    mask = shared_mask.in_memory(a.mask, p.dtype, 1, 1)
     plan = make_plan(p, mask.dtype, interpret)
-    t = plan.tile
-    mask = shared_mask.in_memory(mask, p.dtype, t.block_kv, t.block_q)
+    t, types = plan.tile, plan.tile_types()
+    mask = jnp.swapaxes(mask, 2, 3) if plan.turned else mask
+    mask = shared_mask.in_memory(mask, p.dtype, types["mask_smem"].rows, types["mask_smem"].columns)
     q, d_out = (tma.fit(x, t.block_q) for x in (a.q, d_out))
     k, v = (tma.fit(x, t.block_kv) for x in (a.k, a.v))
     kernel = _compat.kernel(
@@ -166,8 +174,8 @@ def _load(plan: Plan, refs: Refs, work: Work, mask) -> None:
         refs.q_smem.load(refs.q_gmem, work.b, row, head(refs.q_gmem), slot, refs.q_full.at[slot])
         refs.do_smem.load(refs.do_gmem, work.b, row, work.h, slot, refs.do_full.at[slot])
         pl.when(step >= t.mask_stages)(lambda: plgpu.barrier_wait(refs.mask_empty.at[mask_slot]))
-        full = refs.mask_full.at[mask_slot]
-        shared_mask.load(refs.mask_smem, refs.mask_gmem, mask, first, row, mask_slot, full)
+        corner, full = (first, row) if plan.turned else (row, first), refs.mask_full.at[mask_slot]
+        shared_mask.load(refs.mask_smem, refs.mask_gmem, mask, *corner, mask_slot, full)
 
     lax.fori_loop(0, plan.query_blocks, load_block, None)
 
@@ -214,17 +222,18 @@ def _factors(plan: Plan, refs: Refs, wg, step, slot, s_acc, dp_acc) -> tuple[jax
     running = tma.transposed_product(dp_acc, refs.v_smem, 0, refs.do_smem, slot, rows=mine)
     here = lax.rem(step, plan.tile.mask_stages)
     plgpu.barrier_wait(refs.mask_full.at[here])
-    held = None if plan.tile.rereads else _mask(refs, wg, here)
+    held = None if plan.tile.rereads else _mask(plan, refs, wg, here)
     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
-    weights = (s * (_mask(refs, wg, here) if held is None else held)).astype(plan.problem.dtype)
+    weights = (s * (_mask(plan, refs, wg, here) if held is None else held)).astype(plan.problem.dtype)
     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
-    ds = (dp * (_mask(refs, wg, here) if held is None else held)).astype(plan.problem.dtype)
+    ds = (dp * (_mask(plan, refs, wg, here) if held is None else held)).astype(plan.problem.dtype)
     barriers.fence(plan.interpret)  # the mask has been read, and TMA refills its slot
     plgpu.barrier_arrive(refs.mask_empty.at[here])
     return weights, ds
 
 
-def _mask(refs: Refs, wg, slot) -> jax.Array:
+def _mask(plan: Plan, refs: Refs, wg, slot) -> jax.Array:
     """This consumer's keys of a tile of the transposed mask, in registers."""
-    tile = refs.mask_smem.multiplied.at[slot, 0, pl.ds(wg * 64, 64)]
+    tile, mine = refs.mask_smem.multiplied, pl.ds(wg * 64, 64)
+    tile = tile.at[slot, 0, mine] if plan.turned else tile.at[slot, 0, :, mine].transpose((1, 0))
     return _compat.load(tile, plgpu.Layout.WGMMA).astype(jnp.float32)
