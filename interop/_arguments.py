@@ -166,6 +166,8 @@ def dropout_p(x) -> float:
 
 def window(x) -> tuple[int, int]:
     """window_size as (left, right), -1 for an open side."""
+    if type(x) is tuple and x == (-1, -1):
+        return -1, -1
     if not isinstance(x, (tuple, list)) or len(x) != 2:
         raise TypeError(f"window_size={x!r} must be a pair (left, right)")
     return _side("left", x[0]), _side("right", x[1])

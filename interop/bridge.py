@@ -46,6 +46,12 @@ def call(function: Callable, tensors: Tensors, *, x64: bool = False, **static) -
     device = common_device(tensors)
     jax = load_jax()
     with _current(device), jax.enable_x64(True) if x64 else contextlib.nullcontext():
+        try:
+            return to_torch(function(*to_jax(tensors, device), **static), device)
+        except RuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+        torch.cuda.empty_cache()  # torch may keep, unused, the memory that JAX lacks
         return to_torch(function(*to_jax(tensors, device), **static), device)
 
 

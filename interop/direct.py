@@ -188,6 +188,9 @@ _COMPILE = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_char_p, ct
 _LAUNCH = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
 
 
+_compiling = threading.Lock()  # JAX's own compilations take turns too
+
+
 @functools.cache
 def _compiler() -> Callable:
     """(serialized module, its length) -> a kernel loaded into the current context and what launches it."""
@@ -200,7 +203,8 @@ def _compiler() -> Callable:
 
 def _compile(module: bytes) -> tuple[int, Callable]:
     """A kernel of the current device, and launch(kernel, stream, addresses of operands and results)."""
-    found = _compiler()(module, len(module))
+    with _compiling:
+        found = _compiler()(module, len(module))
     if not found:
         raise RuntimeError("JAX cannot compile a kernel for torch")
     return found[0], _LAUNCH(found[1])

@@ -8,7 +8,7 @@ sees: it computes nothing for the rest, and no position, mask or dropout moves. 
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
@@ -52,6 +52,11 @@ def padded(x: Operands, options: Options, Sq: int, Sk: int) -> tuple[Operands, O
         key_ranges=pad(ranges, 2, Sq, -1),
     )
     return operands, options._replace(left=-1, right=-1)
+
+
+def padded_rows(rows: Sequence[Tensor | None], Sq: int) -> list[Tensor | None]:
+    """d_out, d_lse, out and lse with room for Sq queries."""
+    return [None if x is None else pad(x, axis, Sq) for x, axis in zip(rows, (1, 2, 1, 2), strict=True)]
 
 
 def _pad_square(x: Tensor | None, Sq: int, Sk: int) -> Tensor | None:

@@ -32,9 +32,6 @@ attention_forward = torch.ops.jflash.attention_forward.default
 attention_backward = torch.ops.jflash.attention_backward.default
 
 
-_LENGTHS = 1, 2, 1, 2  # the axes of the queries of d_out, d_lse, out and lse
-
-
 def _forward(*args):
     """out [B, Sq, H, Dv] and lse [B, H, Sq]."""
     x, options = Operands(*args[:TENSORS]), Options(*args[TENSORS:])
@@ -66,9 +63,7 @@ def _backward(*args):
     if (found := direct.again(call, (*rows, *x))) is None:
         if (room := _room("backward", x, options)) is not None:
             x, options = lengths.padded(x, options, *room)
-            rows = [
-                None if t is None else lengths.pad(t, axis, room[0]) for t, axis in zip(rows, _LENGTHS, strict=True)
-            ]
+            rows = lengths.padded_rows(rows, room[0])
             call = direct.signature("backward", (*rows, *given(x)), options, bias_gradient)
         static = {"x64": _x64(x.q), "options": options, "bias_gradient": bias_gradient}
         found = direct.call(call, kernels().backward, (*rows, *x), **static)

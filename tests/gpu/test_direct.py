@@ -1,5 +1,7 @@
 """Kernels that torch launches by itself: the bridge's bits, on any stream, in CUDA graphs, in torch's memory."""
 
+import functools
+import itertools
 import subprocess
 import sys
 import threading
@@ -11,9 +13,20 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a torch with CUDA", allow_module_level=True)
 
-from interop import bridge, direct, flash_attn_func, scaled_dot_product_attention  # noqa: E402
+from interop import (  # noqa: E402
+    bridge,
+    direct,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    lengths,
+    scaled_dot_product_attention,
+)
+from interop.attention import attention  # noqa: E402
+from interop.operands import Options  # noqa: E402
 
 jax = bridge.load_jax()
+from interop import programs  # noqa: E402
+
 CUDA = torch.device("cuda", 0)
 SHORT = 20_000_000  # cycles of sleep: about 10 ms
 if jax.__version_info__ not in direct.VERSIONS:
@@ -221,6 +234,81 @@ def test_capture_and_replay(name):
             assert torch.equal(x, y), f"{what} of replay {seed}"
     del graph, captured
     assert all(torch.isfinite(x).all() for x in step())
+
+
+def packed(seed, lengths, **shape):
+    """q, k, v of sequences one after another, and where each starts."""
+    tensors = [x[0].detach().requires_grad_() for x in qkv(seed, B=1, Sq=sum(lengths), **shape)]
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=CUDA)
+    return tensors, starts
+
+
+def with_gradients(attend, tensors, seed=99):
+    """A result and the gradients under a random weighting of it."""
+    out = attend(*tensors)
+    g = torch.Generator(CUDA).manual_seed(seed)
+    weight = torch.randn(out.shape, generator=g, dtype=out.dtype, device=CUDA)
+    return [out, *torch.autograd.grad(out, tensors, weight)]
+
+
+def padded(q, k, v):
+    return flash_attn_func(q, k, v, causal=True, deterministic=True)
+
+
+def with_sinks(q, k, v):
+    return attention(q, k, v, Options(right=0, deterministic=True), sinks=torch.linspace(-1, 1, 4, device=CUDA))[0]
+
+
+@pytest.mark.parametrize("name", ["packed", "packed_D128", "padded", "sinks"])
+def test_bits_of_the_bridge_with_integers_between(name, monkeypatch):
+    """Torch does what lies between the kernels: tables of packed and of padded sequences, the factor of sinks."""
+    monkeypatch.setattr(programs, "unproven", set())
+    monkeypatch.setattr(direct, "launches", {})
+    attend, kinds = {"padded": (padded, 2), "sinks": (with_sinks, 1)}.get(name, (None, 2))
+    if attend is None:
+        tensors, starts = packed(15, [300, 0, 77, 1, 456], D=128 if name == "packed_D128" else 64)
+        attend = functools.partial(_varlen, starts)
+    else:
+        tensors = qkv(15, Sq=331, Hk=4, grad=True)
+    if name == "padded":
+        monkeypatch.delenv("JFLASH_EXACT_LENGTHS")
+        monkeypatch.setattr(lengths, "first", {})
+        padded(*qkv(15, Sq=200, Hk=4))  # comes first, and runs as it is
+    expected = bridged(monkeypatch, lambda: with_gradients(attend, tensors))
+    before = launched()
+    for _ in range(2):
+        for what, x, y in zip(("out", "dq", "dk", "dv"), with_gradients(attend, tensors), expected, strict=True):
+            assert torch.equal(x, y), f"{what}: max|difference| = {(x.float() - y.float()).abs().max()}"
+    assert launched() - before == kinds, "the bridge took a call"
+
+
+def _varlen(starts, q, k, v):
+    return flash_attn_varlen_func(q, k, v, starts, starts, causal=True, deterministic=True)
+
+
+def test_capture_of_packed_sequences(monkeypatch):
+    """A replay follows the values of cu_seqlens."""
+    monkeypatch.setattr(programs, "unproven", set())
+    tensors, starts = packed(16, [100, 200, 84])
+    weight = torch.randn_like(tensors[0])
+
+    def step():
+        out = _varlen(starts, *tensors)
+        return [out, *torch.autograd.grad(out, tensors, weight)]
+
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        captured = step()
+    for others in ([384, 0, 0], [1, 2, 381], [128, 128, 100]):
+        starts.copy_(torch.tensor([0, *itertools.accumulate(others)], dtype=torch.int32))
+        graph.replay()
+        torch.cuda.synchronize()
+        replayed = [x.clone() for x in captured]
+        assert all(map(torch.equal, replayed, step()))
 
 
 def test_capture_of_a_call_that_never_ran():

@@ -190,6 +190,26 @@ def test_array_buried_in_a_graph_capture_gets_its_event_later(monkeypatch):
     assert isinstance(event, Event)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_torch_gives_back_unused_memory_that_jax_lacks(monkeypatch, times):
+    """Once, and an error that stays is JAX's own."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("emptied"))
+
+    def hungry(x):
+        if len(seen) < times:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 64 bytes")
+        return (x + 1,)
+
+    x = random(3)
+    if times == 1:
+        assert torch.equal(bridge.call(hungry, [x])[0], x + 1)
+    else:
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+            bridge.call(hungry, [x])
+    assert seen == ["emptied"]
+
+
 def test_threads():
     q, k, v = qkv(5)
     out = flash_attn_func(q, k, v)

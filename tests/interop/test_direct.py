@@ -343,12 +343,14 @@ def softmax(backward=False, **operands):
 
 
 def linear(decay=None):
-    x = linear_ops.Operands(*(jax.ShapeDtypeStruct((4, 512, 16, 128), jnp.bfloat16) for _ in range(3)), decay)
+    q = jax.ShapeDtypeStruct((4, 512, 16, 128), jnp.bfloat16)
+    x = linear_ops.Operands(q, q, q, log_decay=decay)
     return functools.partial(linear_kernels.forward, options=linear_ops.Options()), x
 
 
 def l1(dtype):
-    x = l1_ops.Operands(*(jax.ShapeDtypeStruct((1, 512, 4, 64), dtype) for _ in range(3)))
+    q = jax.ShapeDtypeStruct((1, 512, 4, 64), dtype)
+    x = l1_ops.Operands(q, q, q)
     return functools.partial(l1_kernels.forward, options=l1_ops.Options("attention")), x
 
 
