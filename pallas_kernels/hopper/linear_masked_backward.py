@@ -3,9 +3,9 @@
     dV = scale (Q K^T M)^T dO    dA = (dO V^T) M    dK = scale dA^T Q    dQ = scale dA K
 
 `attention_backward` without a softmax: a CTA owns a block of keys, 64 rows for each of two consumer warpgroups, and
-walks over the queries. It forms the transposed scores, so it wants the mask transposed: `ldmatrix` does that for 16 bits
-on the way to the registers, of a float32 mask a transposed copy is made first. There are no row statistics. dA goes
-through shared memory, and dQ is added in float32 by TMA, as there.
+walks over the queries. It forms the transposed scores, so it wants the mask transposed: `ldmatrix` does that for 16
+bits on the way to the registers, of a float32 mask a transposed copy is made first. There are no row statistics. dA
+goes through shared memory, and dQ is added in float32 by TMA, as there.
 """
 
 from __future__ import annotations

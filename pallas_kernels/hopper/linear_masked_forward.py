@@ -137,6 +137,7 @@ def make_plan(p: LinearProblem, mask_dtype, interpret: _compat.Interpret = None)
         blocks=blocks // tile.cluster,
         section=schedule.section(shared.masks * groups, 1, 2 * p.Sk * (p.D + p.Dv) * tile.together),
         persistent=True,
+        cluster=tile.cluster,
     )
     return Plan(p, tile, shared, order, jnp.dtype(mask_dtype).name, interpret)
 

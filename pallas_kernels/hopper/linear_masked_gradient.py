@@ -109,6 +109,7 @@ def make_plan(p: LinearProblem, interpret: _compat.Interpret = None) -> Plan:
         blocks=columns,
         section=schedule.section(shared.masks * parts * rows // tile.cluster, 1, tile.cluster, budget=_SQUARE),
         persistent=True,
+        cluster=tile.cluster,
     )
     return Plan(p, tile, shared, parts, order, interpret)
 

@@ -38,6 +38,7 @@ class Schedule:
     section: int  # heads (over all batches) that share L2
     descending: bool = False  # last row block first
     persistent: bool = False
+    cluster: int = 1  # CTAs that take a tile together; `ctas` then counts clusters
 
     @property
     def tiles(self) -> int:
@@ -45,7 +46,7 @@ class Schedule:
 
     @property
     def ctas(self) -> int:
-        return min(SMS, self.tiles) if self.persistent else self.tiles
+        return min(max(1, SMS // self.cluster), self.tiles) if self.persistent else self.tiles
 
     def work(self, index: jax.Array) -> Work:
         """The tile of that index in the order."""
