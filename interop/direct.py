@@ -29,7 +29,9 @@ from interop.operands import Operands, Options
 if TYPE_CHECKING:
     from interop.programs import Program, Step
 
-VERSIONS = ((0, 11, 2),)  # of JAX, whose entry points are known to be as below
+# Of JAX, whose entry points a GPU has shown to be as below. Others call the same names otherwise (0.12 passes a launch
+# two more arguments, 0.10 packs them), and a wrong call ends the process where a probe could not catch it.
+VERSIONS = ((0, 11, 2),)
 _DTYPES = {torch.float16, torch.bfloat16}  # of the kernels
 _ALIGNMENT = 256  # which they assume of every address
 Tensors = Sequence[Tensor | None]
