@@ -72,8 +72,7 @@ def jax_peer(function: Callable[[Any], Callable], inputs: Callable = jax_inputs)
         if direction == "forward":
             run = functools.partial(jax.jit(attend), *qkv)
         elif direction == "both":
-            both = jax.jit(lambda ct, *qkv: jax.vjp(attend, *qkv)[1](ct))
-            run = functools.partial(both, cotangent, *qkv)
+            run = functools.partial(jax.jit(functools.partial(_both, attend)), cotangent, *qkv)
         else:
             _, pull = jax.jit(functools.partial(jax.vjp, attend))(*qkv)
             run = functools.partial(jax.jit(lambda pull, ct: pull(ct)), pull, cotangent)
@@ -82,6 +81,12 @@ def jax_peer(function: Callable[[Any], Callable], inputs: Callable = jax_inputs)
         return Timed(run, jax.block_until_ready)
 
     return prepare
+
+
+def _both(attend: Callable, cotangent: jax.Array, *qkv: jax.Array):
+    """out too: a backward that needs nothing of the forward would leave XLA to drop that."""
+    out, pull = jax.vjp(attend, *qkv)
+    return out, pull(cotangent)
 
 
 def torch_peer(function: Callable[[Any], Callable], heads_first: bool = False, inputs: Callable = jax_inputs):

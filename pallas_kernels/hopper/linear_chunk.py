@@ -71,14 +71,15 @@ def output_step(plan: Plan, refs: Refs, work: Work, wg, column, step, state):
         plgpu.commit_smem()  # until all four warps are through with the state
         following = plan.chunk(step + 1)
         pl.when(step + 1 < plan.scan.chunks)(lambda: load_opposite(plan, refs, work, wg, column, following))
-    through_state = _dot(refs, mine, far) * plan.scan.scale if plan.opposed else None
+    through_state = _dot(refs, mine, far) * plan.scan.scale if plan.partnered else None
     out = _value_product(plan, refs, mine, weights, far)
     state = _state_behind(plan, refs, mine, slot, decays, state)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     if plan.partnered:
-        found = [_dot(refs, mine, out), *(() if meeting is None else (through_state, meeting))]
-        for n, x in enumerate(found):
-            refs.dots_smem[wg, n] = x
+        refs.dots_smem[wg, 0] = _dot(refs, mine, out)
+        refs.dots_smem[wg, 1] = through_state
+    if plan.opposed:
+        refs.dots_smem[wg, 2] = meeting
     refs.out_smem.write(wg, out.astype(plan.scan.dtype))
     plgpu.commit_smem()
     plgpu.barrier_arrive(refs.empty.at[slot])

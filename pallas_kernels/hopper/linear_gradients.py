@@ -10,8 +10,7 @@ forward's. Nothing of the forward is stored.
 
 The gradient of a log decay sums w dw over the pairs that it lies between. Within a chunk that is a running sum
 of q . dq - k . dk: the pairs on one side of the token cancel to the last bit, as both passes round alike. Left
-over are the pairs through a state: those of the chunk's keys, and total <S, dS'>, those that span the chunk:
-the pass of dq writes S, and that of dk reads it and multiplies.
+over are the pairs through a state: those of the chunk's keys, and total <S, dS'>, those that span the chunk.
 """
 
 from __future__ import annotations
@@ -25,10 +24,14 @@ from jax import lax
 
 from pallas_kernels import _compat
 from pallas_kernels.hopper.linear_plan import Scan
-from pallas_kernels.hopper.linear_split import entering_states, linear_scan_split, segments
+from pallas_kernels.hopper.linear_scan import ScanResults
+from pallas_kernels.hopper.linear_split import entering_states, joined, linear_scan_split, segments
 from pallas_kernels.parts import decay
 from pallas_kernels.parts.decay import CHUNK
 from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem, LinearResults
+
+# The pass of dq writes S. That of dk reads it and multiplies; or writes dS' too, for XLA to multiply: 4 operands more.
+MULTIPLIES_IN_KERNEL = False  # until tests/gpu/test_linear.py has run on a GPU
 
 
 def linear_forward(
@@ -58,13 +61,14 @@ def linear_gradients(
     cotangents = entering(adjoint(straight), k=a.q, v=d_out, initial=d_end)
     turned = cotangents._replace(initial=_transposed(cotangents.initial), own=_transposed(cotangents.own))
     dq = scan(swapped, d_out, a.v, a.k, a.log_decay, states, partners[0])
-    dk = scan(adjoint(swapped), a.v, d_out, a.q, a.log_decay, turned, partners[1], dq.states)
+    opposite = dq.states if MULTIPLIES_IN_KERNEL else None
+    dk = scan(adjoint(swapped), a.v, d_out, a.q, a.log_decay, turned, partners[1], opposite)
     dv = scan(adjoint(straight), a.k, a.q, d_out, a.log_decay, cotangents)
     return LinearGradients(
         q=shared(dq.out, a.q),
         k=shared(dk.out, a.k),
         v=shared(dv.out, a.v),
-        log_decay=None if dk.dots is None else _decay_gradient(p, a.log_decay, dq.dots, dk.dots),
+        log_decay=_decay_gradient(p, a.log_decay, dq, dk, n) if p.decay_gradient else None,
         kv=dv.final * p.scale if p.initial_state else None,
     )
 
@@ -91,12 +95,19 @@ def _transposed(state: jax.Array | None) -> jax.Array | None:
     return None if state is None else jnp.swapaxes(state, 2, 3)
 
 
-def _decay_gradient(p: LinearProblem, log_decay, of_q, of_k) -> jax.Array:
+def _decay_gradient(p: LinearProblem, log_decay, of_q: ScanResults, of_k: ScanResults, n: int) -> jax.Array:
     """The gradient of log_decay, in its shape and dtype."""
     sums = decay.sums(log_decay, p.Sq, suffix=p.after)
     total = sums.reshape(*sums.shape[:2], -1, CHUNK)[..., 0 if p.after else -1]
-    dots, through_state, meeting = of_k
-    spanning = p.scale * jnp.exp2(total) * meeting.sum(axis=-1)
-    within = lax.cumsum(of_q[0] - dots, axis=3, reverse=p.before)
+    assert of_q.dots is not None
+    assert of_k.dots is not None
+    dots, through_state, *products = of_k.dots
+    if not products:
+        assert of_q.states is not None
+        assert of_k.states is not None
+        states = of_q.states.astype(jnp.float32) * of_k.states.astype(jnp.float32)
+        products = joined(states.sum(axis=(-2, -1))[None, ..., None], n)
+    spanning = p.scale * jnp.exp2(total) * products[0].sum(axis=-1)
+    within = lax.cumsum(of_q.dots[0] - dots, axis=3, reverse=p.before)
     dg = within + (through_state.sum(axis=-1) + spanning)[..., None]
     return summed_to(log_decay, jnp.moveaxis(dg.reshape(p.B, p.H, -1)[:, :, : p.Sq], 1, 2))

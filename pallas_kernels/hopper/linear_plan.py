@@ -79,7 +79,7 @@ class Plan:
     @property
     def dots(self) -> int:
         """Kinds of numbers a token that the gradient of a decay needs."""
-        return self.partnered + 2 * self.opposed
+        return 2 * self.partnered + self.opposed
 
     def entry(self, n):
         """The n-th batch entry that is walked."""

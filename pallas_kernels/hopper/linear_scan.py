@@ -52,8 +52,8 @@ class ScanResults(NamedTuple):
     out: jax.Array  # [B, S, H, Dv] in the input dtype
     final: jax.Array  # [B, H, D, Dv] float32: S after the last chunk
     dots: jax.Array | None = None
-    """[1 or 3, B, H, chunks, CHUNK] float32, with a partner: out . partner, before out is rounded. With an opposite
-    also the same of what q S adds to out, and <S, opposite> of each chunk in parts to be summed."""
+    """[2 or 3, B, H, chunks, CHUNK] float32, with a partner: out . partner, before out is rounded, and the same of what
+    q S adds to out. With an opposite also <S, opposite> of each chunk in parts to be summed."""
     states: jax.Array | None = None  # [B, H, chunks, D, Dv], padded: the S that enters each chunk, rounded
 
 

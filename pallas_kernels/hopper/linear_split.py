@@ -56,7 +56,7 @@ def linear_scan_split(
     found = linear_scan(_segment(scan, n), q, k, v, g, entering, partner, opposite, interpret=interpret)
     out = found.out.reshape(scan.B, scan.S, *found.out.shape[2:])
     final = found.final.reshape(scan.B, n, *found.final.shape[1:])[:, 0 if scan.later else -1]
-    return ScanResults(out, final, None if found.dots is None else _joined(found.dots, n), found.states)
+    return ScanResults(out, final, None if found.dots is None else joined(found.dots, n), found.states)
 
 
 def states_of_all(scan: Scan, k, v, *, interpret: _compat.Interpret = None) -> jax.Array:
@@ -71,11 +71,10 @@ def _cut(x: jax.Array, n: int) -> jax.Array:
     return x.reshape(x.shape[0] * n, x.shape[1] // n, *x.shape[2:])
 
 
-def _joined(dots: jax.Array, n: int) -> jax.Array:
-    """[kinds, B n, H, chunks, CHUNK] -> [kinds, B, H, n chunks, CHUNK]."""
-    kinds, entries, H = dots.shape[:3]
-    dots = jnp.moveaxis(dots.reshape(kinds, entries // n, n, *dots.shape[2:]), 2, 3)
-    return dots.reshape(kinds, entries // n, H, -1, CHUNK)
+def joined(x: jax.Array, n: int) -> jax.Array:
+    """[kinds, B n, H, chunks, m] -> [kinds, B, H, n chunks, m]."""
+    kinds, entries, H, _, m = x.shape
+    return jnp.moveaxis(x.reshape(kinds, entries // n, n, H, -1, m), 2, 3).reshape(kinds, entries // n, H, -1, m)
 
 
 def _segment(scan: Scan, n: int) -> Scan:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jflash import linear_attention
-from pallas_kernels.hopper import linear
+from pallas_kernels.hopper import linear, linear_gradients
 from tests.linear.rule import assert_matches_oracle, inputs
 
 CASES = {
@@ -50,7 +50,8 @@ PACKED = {
 
 @pytest.fixture(autouse=True)
 def everything_is_proven():
-    with mock.patch.object(linear, "UNPROVEN", ()):
+    multiplies = mock.patch.object(linear_gradients, "MULTIPLIES_IN_KERNEL", True)
+    with mock.patch.object(linear, "UNPROVEN", ()), multiplies:
         yield
 
 
