@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from interop import (
     bridge,
@@ -617,6 +619,10 @@ def test_repeated_gradients(played, monkeypatch):
         torch.testing.assert_close(ours.double(), theirs, atol=2e-2, rtol=2e-2)
 
 
+class Marked(torch.Tensor):
+    """A tensor whose type its results have."""
+
+
 def test_who_looks_sees_the_operator(launched):
     tensors, count = launched
     with Recorded() as seen:
@@ -631,5 +637,16 @@ def test_who_looks_sees_the_operator(launched):
     torch.testing.assert_close(mapped[0], flash_attn_func(*tensors, causal=True), atol=1e-2, rtol=1e-2)
     with torch.autocast("cpu", torch.bfloat16):
         assert flash_attn_func(*tensors, causal=True).dtype == torch.bfloat16
+    graph = make_fx(lambda q, k, v: flash_attn_func(q, k, v, causal=True))(*tensors)
+    assert "jflash.attention_forward" in graph.code
+    before = len(count)
+    with FakeTensorMode() as mode:
+        assert isinstance(flash_attn_func(*map(mode.from_tensor, tensors), causal=True), FakeTensor)
+    assert flash_attn_func(*(x.to("meta") for x in tensors), causal=True).is_meta
+    assert len(count) == before
+    with torch.inference_mode():
+        assert flash_attn_func(*tensors, causal=True).is_inference()
+    marked = [x.as_subclass(Marked) for x in tensors]
+    assert isinstance(flash_attn_func(*marked, causal=True), Marked)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         flash_attn_func(torch.autograd.forward_ad.make_dual(*tensors[:1] * 2), *tensors[1:], causal=True)
