@@ -5,7 +5,9 @@ One form for all that makes queries of one call see different keys: packed seque
 
 from __future__ import annotations
 
+import functools
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,27 +15,19 @@ import numpy as np
 from jax.core import Tracer
 
 from jflash._arguments import known
+from pallas_kernels.parts import ranges
 from pallas_kernels.problem import AttentionProblem
 
 
-def limited(p: AttentionProblem, position: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array:
-    """[N, 3, S] for queries at `position` [N, S] whose sequence is the keys [first, end), within p's window."""
-    position, first, last = jnp.broadcast_arrays(position, first, end - 1)
-    if p.left is not None:
-        first = jnp.maximum(first, position - p.left)
-    if p.right is not None:
-        last = jnp.minimum(last, position + p.right)
-    return jnp.stack([first, last, position], axis=1).astype(jnp.int32)
-
-
+@functools.partial(jax.jit, static_argnums=0)
 def packed(p: AttentionProblem, cu_seqlens_q: jax.Array, cu_seqlens_k: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[1, 3, Sq] of packed sequences, and the sequence [Sq] of each query; each stands at the end of its keys."""
     row = jnp.arange(p.Sq, dtype=jnp.int32)
     sequence = sequence_of(row, cu_seqlens_q)
     _, q_end = _ends(cu_seqlens_q, sequence)
     k_start, k_end = _ends(cu_seqlens_k, sequence)
-    k_end = jnp.where(row < cu_seqlens_q[-1], k_end, k_start)  # behind the last sequence: no key
-    return limited(p, (row + k_end - q_end)[None], k_start[None], k_end[None]), sequence
+    k_end = jnp.where(row < cu_seqlens_q[-1], k_end, 0)  # behind the last sequence: no key, and no tile
+    return ranges.limited(p, (row + k_end - q_end)[None], k_start[None], k_end[None]), sequence
 
 
 def sequence_of(token: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
@@ -47,10 +41,11 @@ def _ends(cu_seqlens: jax.Array, sequence: jax.Array) -> tuple[jax.Array, jax.Ar
     return cu_seqlens[sequence], cu_seqlens.at[sequence + 1].get(mode="clip")
 
 
-def check_cu_seqlens(name: str, x, tokens: int, longest=None) -> jax.Array:
+def check_cu_seqlens(name: str, x, tokens: int, longest=None) -> Any:
     """int32 [N + 1]: where each of N packed sequences starts, then where the last ends, at `tokens` or before.
 
-    `longest`, if given, must be no less than any length. Values are checked where they are known.
+    `longest`, if given, must be no less than any length. Values are checked where they are known; then the result
+    is a numpy array.
     """
     x = known(name, x)
     if x.dtype.name not in ("int32", "int64"):
@@ -65,7 +60,7 @@ def check_cu_seqlens(name: str, x, tokens: int, longest=None) -> jax.Array:
         found = lengths.max(initial=0)
         if longest is not None and found > longest:
             raise ValueError(f"max_seqlen={longest} must be >= {found}, the longest of {name}={x.tolist()}")
-    return jnp.asarray(x, jnp.int32)
+    return x.astype(jnp.int32)
 
 
 def _longest(name: str, x) -> int | None:

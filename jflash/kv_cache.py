@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jflash import _key_ranges, _transforms, backends, rotary
+from jflash import _transforms, backends, rotary
 from jflash._arguments import array, bind, known
 from pallas_kernels.problem import AttentionProblem, CacheArrays
 
@@ -143,12 +143,7 @@ def _run(problem: AttentionProblem, backend: str, rotation: _Rotation, operands:
         rows, slots = _places(x, ok)
         k_cache = k_cache.at[rows, slots].set(x.k, mode="drop")
         v_cache = v_cache.at[rows, slots].set(x.v, mode="drop")
-    end = (x.start + x.new)[:, None]
-    position = end - problem.Sq + jnp.arange(problem.Sq, dtype=jnp.int32)
-    first = jnp.zeros_like(end) if x.leftpad is None else x.leftpad[:, None]
-    ranges = _key_ranges.limited(problem, position, first, end)
-    problem = dataclasses.replace(problem, left=None, right=None, key_ranges=True)
-    arrays = CacheArrays(x.q, k_cache, v_cache, ranges, x.pages, x.alibi_slopes, x.sinks)
+    arrays = CacheArrays(x.q, k_cache, v_cache, x.start + x.new, x.leftpad, x.pages, x.alibi_slopes, x.sinks)
     out, lse = backends.get(backend, backends.CACHE).forward(problem, arrays)
     out, lse = jnp.where(ok[:, None, None, None], out, jnp.nan), jnp.where(ok[:, None, None], lse, jnp.nan)
     return out, lse, k_cache, v_cache

@@ -10,21 +10,27 @@ statistics in float32 and rounds what enters a matrix product, as any kernel mus
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.parts import dropout
+from jflash.xla.operands import present
+from pallas_kernels.parts import dropout, ranges
 from pallas_kernels.problem import AttentionArrays, AttentionProblem, CacheArrays
 
 
 def attention(problem: AttentionProblem, arrays: AttentionArrays) -> tuple[jax.Array, jax.Array]:
     """Returns out [B, Sq, H, Dv] in the input dtype and the natural-log lse [B, H, Sq] in float32 or wider."""
+    arrays = present(arrays)
     return softmax(problem, arrays, _scores(problem, arrays))
 
 
 def attention_on_cache(p: AttentionProblem, a: CacheArrays) -> tuple[jax.Array, jax.Array]:
     """`attention` on the keys and values that a cache holds for each batch entry."""
-    arrays = AttentionArrays(a.q, a.k, a.v, key_ranges=a.key_ranges, alibi_slopes=a.alibi_slopes, sinks=a.sinks)
+    key_ranges = ranges.of_cache(p, a)
+    p = dataclasses.replace(p, left=None, right=None, key_ranges=True)
+    arrays = AttentionArrays(a.q, a.k, a.v, key_ranges=key_ranges, alibi_slopes=a.alibi_slopes, sinks=a.sinks)
     if a.pages is not None:
         whole = lambda x: x.at[a.pages].get(mode="clip").reshape(p.B, p.Sk, *x.shape[2:])  # noqa: E731
         arrays = arrays._replace(k=whole(a.k), v=whole(a.v))

@@ -48,7 +48,7 @@ def apply_rotary(
         raise ValueError(f"offsets.shape={offsets.shape} must be () or [{count}], one for each sequence")
     if cu_seqlens is None:
         return rotate(x, cos, sin, offsets.reshape(-1, 1) + row, interleaved)
-    cu_seqlens = _key_ranges.check_cu_seqlens("cu_seqlens", cu_seqlens, x.shape[0])
+    cu_seqlens = jnp.asarray(_key_ranges.check_cu_seqlens("cu_seqlens", cu_seqlens, x.shape[0]))
     sequence = _key_ranges.sequence_of(row, cu_seqlens)
     present = row < cu_seqlens[-1]
     positions = row - cu_seqlens[sequence] + (offsets if offsets.ndim == 0 else offsets[sequence])

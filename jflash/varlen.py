@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jflash import _key_ranges, backends
 from jflash._arguments import array, bind, per_head
 from jflash._op import attend
+from pallas_kernels.problem import AttentionProblem
 
 
 def flash_attention_varlen(
@@ -71,7 +73,6 @@ def flash_attention_varlen(
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         shapes = f"{cu_seqlens_q.shape} and {cu_seqlens_k.shape}"
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k shapes {shapes} must be equal: one sequence for each")
-    q, (k, v) = _present(q, cu_seqlens_q), (_present(x, cu_seqlens_k) for x in (k, v))
     problem, arrays = bind(
         q, k, v, scale=scale, causal=causal, window=window, softcap=softcap, bias=bias, mask=mask,
         segment_ids=jax.tree.map(_batch_of_one_ids, segment_ids), sinks=sinks,
@@ -84,7 +85,9 @@ def flash_attention_varlen(
             alibi_slopes = jnp.moveaxis(alibi_slopes[sequence], 0, 1)[None]
     problem = dataclasses.replace(problem, left=None, right=None, key_ranges=True, alibi=alibi_slopes is not None)
     chosen = backends.choose(problem, implementation)
-    arrays = arrays._replace(key_ranges=ranges, alibi_slopes=alibi_slopes)
+    arrays = arrays._replace(
+        key_ranges=ranges, alibi_slopes=alibi_slopes, row_ends=_row_ends(problem, cu_seqlens_q, cu_seqlens_k)
+    )
     out, lse = attend(problem, "reference" if problem.empty else chosen, arrays)
     return (out[0], lse[0]) if return_lse else out[0]
 
@@ -93,10 +96,12 @@ def _batch_of_one_ids(x) -> jax.Array:
     return jnp.asarray(array("segment_ids", x))[None]
 
 
-def _present(x: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
-    """[1, T, ...] with zeros behind the last sequence, where NaN times a weight of 0 would be NaN."""
-    behind = jnp.arange(x.shape[1]) >= cu_seqlens[-1]
-    return jnp.where(behind[:, None, None], 0, x)
+def _row_ends(p: AttentionProblem, cu_seqlens_q, cu_seqlens_k) -> jax.Array | None:
+    """Where the last sequence ends, int32 [1, 2], or None where that is known to be at the last token."""
+    ends = cu_seqlens_q[-1], cu_seqlens_k[-1]
+    if not any(isinstance(end, Tracer) for end in ends) and ends == (p.Sq, p.Sk):
+        return None
+    return jnp.stack(ends)[None]
 
 
 def _batch_of_one(name: str, x) -> jax.Array:

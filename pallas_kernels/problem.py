@@ -83,18 +83,22 @@ class AttentionArrays(NamedTuple):
     alibi_slopes: jax.Array | None = None  # [B|1, H] float32, or [B|1, H, Sq] with key_ranges
     sinks: jax.Array | None = None  # [B|1, H] floating point
     dropout_seeds: jax.Array | None = None  # [B, 2] uint32
+    row_ends: jax.Array | None = None  # [B|1, 2] int32, with key_ranges: q, out and their cotangents from the first row
+    # on, k and v from the second on belong to no sequence and may be anything, NaN too; None: all rows are numbers
 
 
 class CacheArrays(NamedTuple):
-    """The arrays of a call on a key/value cache, whose problem has key_ranges and counts in Sk all that fits.
+    """The arrays of a call on a key/value cache, whose problem counts in Sk all that fits.
 
-    The cache has N rows of `page` keys each. A batch entry has one row, or several, its pages.
+    The cache has N rows of `page` keys each. A batch entry has one row, or several, its pages. Its queries stand at
+    the end of its keys: left and right of the problem count from `i + ends[b] - Sq`.
     """
 
     q: jax.Array  # [B, Sq, H, D]
     k: jax.Array  # [N, page, Hk, D]
     v: jax.Array  # [N, page, Hk, Dv]; where no query sees a key anything may lie, NaN too
-    key_ranges: jax.Array  # [B, 3, Sq] int32, as in AttentionArrays; limits rise from query to query
+    ends: jax.Array  # [B] int32: where the keys of each entry end
+    starts: jax.Array | None = None  # [B] int32: the first of them; None: 0
     pages: jax.Array | None = None  # [B, Sk / page] int32: which rows are an entry's, in order; None: its own
     alibi_slopes: jax.Array | None = None  # [B|1, H] float32
     sinks: jax.Array | None = None  # [B|1, H] floating point

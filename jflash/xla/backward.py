@@ -29,7 +29,7 @@ def backward(p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_lse) ->
 def backward_blocks(p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_lse, step) -> AttentionGradients:
     """The gradients, where step(p, t, g, block, at, ki, carry, masked) adds a tile to (dq, dk, dv, d_bias)."""
     t = tiles.choose(p, block_q=512, block_k=256)
-    g = operands.group(p, t, a)
+    g, d_out = operands.group(p, t, a), operands.cleared(a, 0, d_out)
     blind = lse == -jnp.inf  # such a row has no gradient: its exp(s - inf) is 0
     delta = product("bihv,bihv->bhi", d_out, out).astype(lse.dtype) - jnp.where(blind, 0, d_lse)
     lse = jnp.where(blind, jnp.inf, lse)

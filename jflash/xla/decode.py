@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jflash.xla.scores import product
+from pallas_kernels.parts import ranges
 from pallas_kernels.problem import AttentionProblem, CacheArrays
 
 _KEYS = 512  # of a batch entry in a step
@@ -52,8 +53,8 @@ def forward(p: AttentionProblem, a: CacheArrays) -> tuple[jax.Array, jax.Array]:
     bq = math.ceil(p.Sq / nq)
     missing = nq * bq - p.Sq
     q = jnp.pad(a.q, ((0, 0), (0, missing), (0, 0), (0, 0))).reshape(p.B, nq, bq, p.Hk, p.group, p.D)
-    ranges = jnp.pad(a.key_ranges, ((0, 0), (0, 0), (0, missing)), mode="edge").reshape(p.B, 3, nq, bq)
-    tasks = q.transpose(1, 0, 3, 4, 2, 5), ranges.transpose(2, 1, 0, 3)
+    key_ranges = jnp.pad(ranges.of_cache(p, a), ((0, 0), (0, 0), (0, missing)), mode="edge").reshape(p.B, 3, nq, bq)
+    tasks = q.transpose(1, 0, 3, 4, 2, 5), key_ranges.transpose(2, 1, 0, 3)
     out, lse = lax.map(lambda task: _query_block(p, a, blocks, *task), tasks)
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(p.B, nq * bq, p.H, p.Dv)
     return out[:, : p.Sq], lse.transpose(1, 2, 3, 0, 4).reshape(p.B, p.H, nq * bq)[..., : p.Sq]

@@ -37,7 +37,21 @@ class Grouped(NamedTuple):
     dropout_seeds: tuple[jax.Array, jax.Array] | None  # each [B, 1, 1, 1, 1]
 
 
+def present(a: AttentionArrays) -> AttentionArrays:
+    """With zeros for rows that belong to no sequence."""
+    return a._replace(q=cleared(a, 0, a.q), k=cleared(a, 1, a.k), v=cleared(a, 1, a.v))
+
+
+def cleared(a: AttentionArrays, side: int, x: jax.Array) -> jax.Array:
+    """x [B, S, heads, dim], of queries (side 0) or keys (1), with zeros for rows that belong to no sequence."""
+    if a.row_ends is None:
+        return x
+    behind = jnp.arange(x.shape[1]) >= a.row_ends[:, side, None]
+    return jnp.where(behind[:, :, None, None], 0, x)
+
+
 def group(p: AttentionProblem, t: Tile, a: AttentionArrays) -> Grouped:
+    a = present(a)
     seeds = None
     if a.dropout_seeds is not None:
         seeds = tuple(a.dropout_seeds[:, n, None, None, None, None] for n in range(2))

@@ -35,6 +35,7 @@ from pallas_kernels.parts import (
     register_order,
     schedule,
     sparsity,
+    tails,
     tma,
 )
 from pallas_kernels.parts.barriers import NamedBarrier
@@ -159,8 +160,12 @@ def attention_backward(
     q, d_out = (tma.fit(x, plan.tile.block_q) for x in (a.q, d_out))
     k, v = (tma.fit(x, plan.tile.block_kv) for x in (a.k, a.v))
     features = key_rows.inputs(p, a, plan.block)
+    operands = {"q_gmem": q, "k_gmem": k, "v_gmem": v, "do_gmem": d_out}
     inputs = {
-        **{"q_gmem": q, "k_gmem": k, "v_gmem": v, "do_gmem": d_out, "lse_gmem": lse2, "delta_gmem": delta},
+        **operands,
+        "lse_gmem": lse2,
+        "delta_gmem": delta,
+        **tails.inputs(a, plan.tile.block_q, plan.tile.block_kv, **operands),
         **features,
         **key_rows.order(features),
         **({} if dq is None else {"dq_gmem": dq}),
@@ -230,7 +235,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
 
 def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     tiles_smem = {name: x.view(scratch[name]) for name, x in tile_types(plan).items()}
-    refs = Refs(**dict(zip(names, gmem, strict=True)), **{**scratch, **tiles_smem})
+    refs = Refs(**tails.joined(dict(zip(names, gmem, strict=True))), **{**scratch, **tiles_smem})
     work = schedule.placed(plan.schedule.work(lax.axis_index("cta")), refs.order_gmem)
     walk = key_rows.walk(plan.problem, refs, work, plan.block)
     wg = lax.axis_index("wg")

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
-from pallas_kernels.parts import barriers, descriptors, dropping, query_rows, softmax, sparsity, tma
+from pallas_kernels.parts import barriers, descriptors, dropping, query_rows, softmax, sparsity, tails, tma
 from pallas_kernels.parts.query_rows import QueryRows
 from pallas_kernels.parts.schedule import Schedule, Work
 from pallas_kernels.parts.sparsity import Visits
@@ -96,8 +96,12 @@ def attention_backward_q(
     q, d_out = (tma.fit(x, ROWS) for x in (a.q, d_out))
     k, v = (tma.fit(x, BLOCK_KV) for x in (a.k, a.v))
     lse2, delta = (_rows_of_tiles(plan, x, fill) for x, fill in ((lse2, jnp.inf), (delta, 0.0)))
+    operands = {"q_gmem": q, "k_gmem": k, "v_gmem": v, "do_gmem": d_out}
     inputs = {
-        **{"q_gmem": q, "k_gmem": k, "v_gmem": v, "do_gmem": d_out, "lse_gmem": lse2, "delta_gmem": delta},
+        **operands,
+        "lse_gmem": lse2,
+        "delta_gmem": delta,
+        **tails.inputs(a, 64, BLOCK_KV, **operands),
         **query_rows.inputs(p, a, ROWS, BLOCK_KV),
     }
     kernel = _compat.kernel(
@@ -137,7 +141,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
 
 def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     tiles_smem = {name: x.view(scratch[name]) for name, x in plan.tile_types().items()}
-    refs = Refs(**dict(zip(names, gmem, strict=True)), **{**scratch, **tiles_smem})
+    refs = Refs(**tails.joined(dict(zip(names, gmem, strict=True))), **{**scratch, **tiles_smem})
     work = plan.schedule.work(lax.axis_index("cta"))
     keys = query_rows.key_blocks(plan.problem, refs, work, ROWS, BLOCK_KV)
     visits = sparsity.visits(plan.problem, refs, work, keys)

@@ -22,7 +22,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
 from pallas_kernels.hopper.attention_backward import CONSUMERS, Plan, make_plan, tile_types
-from pallas_kernels.parts import barriers, bias, dropping, key_rows, masking, register_order, schedule, sparsity, tma
+from pallas_kernels.parts import (
+    barriers,
+    bias,
+    dropping,
+    key_rows,
+    masking,
+    register_order,
+    schedule,
+    sparsity,
+    tails,
+    tma,
+)
 from pallas_kernels.parts.key_rows import KeyRows, Walk, over_rows
 from pallas_kernels.parts.schedule import Work
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
@@ -92,8 +103,12 @@ def attention_backward_roles(
     q, d_out = (tma.fit(x, plan.tile.block_q) for x in (a.q, d_out))
     k, v = (tma.fit(x, plan.tile.block_kv) for x in (a.k, a.v))
     features = key_rows.inputs(p, a, plan.block)
+    operands = {"q_gmem": q, "k_gmem": k, "v_gmem": v, "do_gmem": d_out}
     inputs = {
-        **{"q_gmem": q, "k_gmem": k, "v_gmem": v, "do_gmem": d_out, "lse_gmem": lse2, "delta_gmem": delta},
+        **operands,
+        "lse_gmem": lse2,
+        "delta_gmem": delta,
+        **tails.inputs(a, plan.tile.block_q, plan.tile.block_kv, **operands),
         **features,
         **key_rows.order(features),
         "dq_gmem": dq,
@@ -143,7 +158,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
 
 def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     tiles_smem = {name: x.view(scratch[name]) for name, x in tile_types(plan).items()}
-    refs = Refs(**dict(zip(names, gmem, strict=True)), **{**scratch, **tiles_smem})
+    refs = Refs(**tails.joined(dict(zip(names, gmem, strict=True))), **{**scratch, **tiles_smem})
     work = schedule.placed(plan.schedule.work(lax.axis_index("cta")), refs.order_gmem)
     walk = key_rows.walk(plan.problem, refs, work, plan.block)
     wg = lax.axis_index("wg")

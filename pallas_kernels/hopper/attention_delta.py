@@ -87,10 +87,11 @@ def _kernel(
         _zero(plan, dq_gmem, zero_smem, b, h, row)
     plgpu.barrier_wait(full)
     lse, d_lse = (_compat.load(rows_smem.at[n], softmax.ROWS) for n in range(2))
-    delta = jnp.where(lse == -jnp.inf, 0.0, -d_lse)  # a row that sees nothing has no gradient
+    delta = -d_lse
     for c in range(tile.type.chunks):
         o, do = (_compat.load(tile.multiplied.at[n, c], plgpu.Layout.WGMMA).astype(jnp.float32) for n in range(2))
         delta = delta + (o * do).sum(axis=1)
+    delta = jnp.where(lse == -jnp.inf, 0.0, delta)  # a row that sees nothing has no gradient, even of NaN
     plgpu.commit_smem()
     rows_smem[0] = jnp.where(lse == -jnp.inf, jnp.inf, lse * softmax.LOG2E)
     rows_smem[1] = delta

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
-from pallas_kernels.parts import barriers, dropping, query_rows, ranges, schedule, softmax, sparsity, tma
+from pallas_kernels.parts import barriers, dropping, query_rows, ranges, schedule, softmax, sparsity, tails, tma
 from pallas_kernels.parts.barriers import NamedBarrier
 from pallas_kernels.parts.schedule import Schedule, Work
 from pallas_kernels.parts.softmax import Softmax
@@ -137,6 +137,7 @@ def attention_forward(
 def _features(plan: Plan, a: AttentionArrays) -> dict[str, jax.Array]:
     """What the call has beyond q, k and v, as the kernel wants it."""
     found = query_rows.inputs(plan.problem, a, plan.tile.rows, plan.tile.block_kv)
+    found |= tails.inputs(a, plan.tile.rows, plan.tile.block_kv, v_gmem=a.v)
     if a.key_ranges is not None:
         found["order_gmem"] = ranges.longest_first(found["visits_gmem"][..., 0], found["visits_gmem"][..., 3])
     if a.sinks is not None:
@@ -192,7 +193,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     if plan.tile.out_in_q:
         scratch["out_smem"] = scratch["q_smem"]
     tiles_smem = {name: x.view(scratch[name]) for name, x in _tile_types(plan).items()}
-    refs = Refs(**dict(zip(names, gmem, strict=True)), **{**scratch, **tiles_smem})
+    refs = Refs(**tails.joined(dict(zip(names, gmem, strict=True))), **{**scratch, **tiles_smem})
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     consume = functools.partial(_consumer, plan, refs, cta, wg)
     produce = functools.partial(_producer, plan, refs, cta)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.problem import AttentionProblem
+from pallas_kernels.problem import AttentionProblem, CacheArrays
 
 
 class Range(NamedTuple):
@@ -51,6 +51,23 @@ def query_blocks(p: AttentionProblem, first: jax.Array, columns: int, block: int
         hi = _floor(last + p.left + block, block)
         full_hi = jnp.minimum(full_hi, _floor(first + p.left + 1, block))
     return _ordered(lo, full_lo, full_hi, hi, -(-p.Sq // block))
+
+
+def limited(p: AttentionProblem, position: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array:
+    """[N, 3, S] for queries at `position` [N, S] whose sequence is the keys [first, end), within p's window."""
+    position, first, last = jnp.broadcast_arrays(position, first, end - 1)
+    if p.left is not None:
+        first = jnp.maximum(first, position - p.left)
+    if p.right is not None:
+        last = jnp.minimum(last, position + p.right)
+    return jnp.stack([first, last, position], axis=1).astype(jnp.int32)
+
+
+def of_cache(p: AttentionProblem, a: CacheArrays) -> jax.Array:
+    """[B, 3, Sq] of the queries of a call on a cache."""
+    end = a.ends[:, None]
+    position = end - p.Sq + jnp.arange(p.Sq, dtype=jnp.int32)
+    return limited(p, position, jnp.zeros_like(end) if a.starts is None else a.starts[:, None], end)
 
 
 def between(first, last_first, first_last, last, block: int, blocks: int) -> Range:

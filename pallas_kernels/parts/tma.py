@@ -10,7 +10,7 @@ wgmma goes through the tiled one.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,15 @@ class TileType:
         return Tiles(self, *ref)
 
 
+class Ended(NamedTuple):
+    """An array [B, S, heads, dim] in global memory, of which one block of rows is read from another, see `tails`."""
+
+    whole: Any
+    tail: Any  # [B, rows of a tile, heads, dim]: the block that starts at row starts[b, side]
+    starts: Any  # [B|1, 2] int32
+    side: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """The views of a stack of tiles inside a kernel. `load` arrives `type.chunks` times at its barrier."""
@@ -82,9 +91,21 @@ class Tiles:
         Columns are those from `column` on. The CTAs along the axis `cluster` all ask for the same, and share the work.
         """
         rows = pl.ds(0, self.type.rows) if rows is None else rows
-        for c in range(self.type.chunks):
+
+        def copy(source, row, c):
             part = source.at[index, pl.ds(row, rows.size), head, self._columns(c, row, column)]
             plgpu.copy_gmem_to_smem(part, self.copied.at[n, c, rows], barrier, collective_axes=cluster)
+
+        def copies(source, row):
+            # A loop: where these were unrolled beside one another, ptxas made other warps spill.
+            lax.fori_loop(0, self.type.chunks, lambda c, _: copy(source, row, c), None)
+
+        if isinstance(source, Ended):
+            start = source.starts[batch_entry(source.starts, index), source.side]
+            lax.cond(row < start, lambda: copies(source.whole, row), lambda: copies(source.tail, row * 0))
+        else:
+            for c in range(self.type.chunks):
+                copy(source, row, c)
 
     def store(self, target, index, row, head, n, rows: Any = None, column=0) -> None:
         """Starts writing tile n, or some rows of it, to rows from `row` of target[index, :, head].

@@ -1,7 +1,9 @@
 """Packed sequences in the Hopper kernels, in the interpreter: each query row has its own range of keys."""
 
+import functools
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -54,3 +56,28 @@ def _assert_matches_oracle(name):
 
     with hopper_on_the_cpu():
         assert_follows(ours, oracle, arrays)
+
+
+BEHIND = {"D64": ((20, 30), (30, 60), 64), "D128": ((90,), (128,), 128)}
+
+
+@pytest.mark.parametrize("name", ["D64", pytest.param("D128", marks=pytest.mark.slow)])
+def test_what_lies_behind_the_last_sequence_reaches_nothing(name):
+    """NaN there, in the cotangent too, and the same bits but in dQ, which is summed in no fixed order."""
+    (q_lengths, k_lengths, D), behind = BEHIND[name], 38
+    cu_q, cu_k = cu_seqlens(*q_lengths), cu_seqlens(*k_lengths)
+    used = {"q": sum(q_lengths), "k": sum(k_lengths), "v": sum(k_lengths), "out": sum(q_lengths)}
+    arrays = packed(0, jnp.bfloat16, Tq=used["q"] + behind, Tk=used["k"] + behind, D=D, H=1, Hk=1)
+    arrays["out"] = packed(1, jnp.bfloat16, Tq=used["q"] + behind, D=D, H=1, Hk=1)["q"]
+
+    def run(arrays):
+        call = functools.partial(flash_attention_varlen, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, causal=True)
+        out, pull = jax.vjp(functools.partial(call, implementation="hopper"), *(arrays[name] for name in "qkv"))
+        return dict(zip(("out", "dq", "dk", "dv"), (out, *pull(arrays["out"])), strict=True))
+
+    with hopper_on_the_cpu():
+        clean = run(arrays)
+        found = run({name: x.at[used[name] :].set(jnp.nan) for name, x in arrays.items()})
+    for name, x in found.items():
+        np.testing.assert_allclose(x.astype(float), clean[name].astype(float), atol=1e-2 if name == "dq" else 0)
+        assert (x[used[name[-1] if name != "out" else name] :] == 0).all()

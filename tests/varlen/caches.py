@@ -57,6 +57,8 @@ def _by_entry(q, k, v, first, lengths, wide: bool, options: dict):
         q, k, v = (jnp.asarray(np.asarray(x, np.float64 if wide else x.dtype)) for x in (q, k, v))
         if "sinks" in options:
             options = {**options, "sinks": jnp.asarray(np.asarray(options["sinks"], q.dtype if wide else np.float32))}
+        slopes, options = options.get("alibi_slopes"), {n: x for n, x in options.items() if n != "alibi_slopes"}
         for b, keys in enumerate(map(slice, first, lengths)):
-            found.append(attend(q[b : b + 1], k[b : b + 1, keys], v[b : b + 1, keys], **options))
+            own = {} if slopes is None else {"alibi_slopes": slopes if slopes.ndim == 1 else slopes[b]}
+            found.append(attend(q[b : b + 1], k[b : b + 1, keys], v[b : b + 1, keys], **options, **own))
     return tuple(np.concatenate([np.asarray(y, np.float64) for y in x]) for x in zip(*found, strict=True))
