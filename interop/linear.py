@@ -64,7 +64,7 @@ def linear_attention(
             raise ValueError(f"{name}.device={x.device} must be {q.device}, as of q")
     causal = mask is None if causal is None else bool(causal)
     _check(operands, causal, return_state)
-    options = Options(causal, scale, bool(normalize), bool(reverse), chunk_size)
+    options = Options(causal, scale, bool(normalize), bool(return_state), bool(reverse), chunk_size)
     out, kv, z = attend(operands, options)
     if not return_state:
         return out

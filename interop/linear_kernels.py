@@ -31,7 +31,9 @@ def backward(*arrays, options: Options, wanted: tuple[bool, bool]):
 def _forward(*arrays, options: Options, target: str):
     problem, arrays, backend = _bind(Operands(*arrays), options, target)
     problem = dataclasses.replace(problem, decay_gradient=False, mask_gradient=False)
-    return [x for x in backend.forward(problem, arrays) if x is not None]
+    results = backend.forward(problem, arrays)
+    results = results if options.return_state else results._replace(kv=None, z=None)
+    return [x for x in results if x is not None]
 
 
 @functools.partial(jax.jit, static_argnames=("options", "target", "wanted"))
@@ -65,7 +67,7 @@ def _bind(x: Operands, options: Options, target: str):
     state = None if x.kv is None else LinearAttentionState(x.kv, x.z)
     problem, arrays = bind(
         x.q, x.k, x.v, log_decay=x.log_decay, mask=x.mask, causal=options.causal, scale=options.scale,
-        normalize=options.normalize, initial_state=state, return_state=options.causal and x.mask is None,
+        normalize=options.normalize, initial_state=state, return_state=options.return_state,
         cu_seqlens=x.cu_seqlens, reverse=options.reverse, chunk_size=options.chunk_size, target=target,
     )  # fmt: skip
     chosen = "reference" if problem.empty else backends.choose(problem, None, backends.LINEAR)

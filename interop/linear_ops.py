@@ -33,6 +33,7 @@ class Options(NamedTuple):
     causal: bool = True
     scale: float | None = None
     normalize: bool = False
+    return_state: bool = False
     reverse: bool = False
     chunk_size: int | None = None
 
@@ -40,7 +41,7 @@ class Options(NamedTuple):
 TENSORS = len(Operands._fields)
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? mask, Tensor? kv, Tensor? z, Tensor? cu_seqlens, "
-    "bool causal, float? scale, bool normalize, bool reverse, int? chunk_size"
+    "bool causal, float? scale, bool normalize, bool return_state, bool reverse, int? chunk_size"
 )
 _library = torch.library.Library("jflash", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides, torch.Tag.cudagraph_unsafe)
@@ -56,10 +57,9 @@ linear_backward = torch.ops.jflash.linear_backward.default
 
 
 def attend(operands: Operands, options: Options) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """out and the final kv and z, None where there is none; differentiable."""
+    """out and the final kv and z, None where nobody asked or there is none; differentiable."""
     out, _, kv, z = _Linear.apply(*operands, *options)
-    causal = options.causal and operands.mask is None
-    return out, kv if causal else None, z if causal and options.normalize else None
+    return out, kv if options.return_state else None, z if options.return_state and options.normalize else None
 
 
 class _Linear(torch.autograd.Function):
@@ -144,13 +144,12 @@ def _results(x: Operands, options: Options) -> list[Tensor | None]:
     B, S, _, D = x.q.shape
     H, Dv = max(x.q.shape[2], x.k.shape[2], x.v.shape[2]), x.v.shape[3]
     N = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
-    causal = options.causal and x.mask is None
     wide = torch.float64 if _x64(x) else torch.float32
     return [
         x.q.new_empty((B, S, H, Dv)),
         x.q.new_empty((B, S, H), dtype=wide) if options.normalize else None,
-        x.q.new_empty((N, H, D, Dv), dtype=wide) if causal else None,
-        x.q.new_empty((N, H, D), dtype=wide) if causal and options.normalize else None,
+        x.q.new_empty((N, H, D, Dv), dtype=wide) if options.return_state else None,
+        x.q.new_empty((N, H, D), dtype=wide) if options.return_state and options.normalize else None,
     ]
 
 
