@@ -4,9 +4,25 @@ import jax
 import jax.numpy as jnp
 
 from jflash import flash_attention
+from pallas_kernels import unproven
+
+unproven.FEATURES.clear()
 
 for head_dim, length in ((64, 200), (128, 256), (256, 150)):
     q, k, v = (jax.random.normal(jax.random.key(n), (1, length, 2, head_dim), jnp.bfloat16) for n in range(3))
-    for options in ({"causal": True}, {"softcap": 20.0}):
-        out, pull = jax.vjp(lambda *a, o=options: flash_attention(*a, **o, implementation="hopper"), q, k, v)
-        print(head_dim, options, [float(jnp.abs(x).max()) for x in (out, *pull(out))], flush=True)
+    i = jnp.arange(length)
+    features = (
+        {"causal": True},
+        {"softcap": 20.0},
+        {"dropout_rate": 0.5, "dropout_key": jax.random.key(3)},
+        {"mask": (i // 50 == i[:, None] // 50)[None, None], "bias": jnp.sin(i + i[:, None])[None, None]},
+        {"segment_ids": i[None] // 70, "bias": jnp.sin(i)[None, None, None]},
+    )
+    for options in features:
+
+        def attend(q, k, v, bias, options=options):
+            return flash_attention(q, k, v, **{**options, "bias": bias}, implementation="hopper")
+
+        out, pull = jax.vjp(attend, q, k, v, options.get("bias"))
+        found = [float(jnp.abs(x).max()) for x in (out, *jax.tree.leaves(pull(out)))]
+        print(head_dim, [*options], found, flush=True)
