@@ -32,6 +32,7 @@ from pallas_kernels.parts.softmax import Softmax
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
 
 WGMMA = plgpu.Layout.WGMMA
+_HEADS_OF_A_ROUND = 16  # eight CTAs then share what they read of a head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,12 @@ class Plan:
 
     @property
     def table(self) -> np.ndarray:
-        """What persistent CTAs take: a tile costs its key blocks, and about one more for its two ends."""
+        """What persistent CTAs take: a tile costs its key blocks, and about one more for its two ends.
+
+        Where only the run knows the blocks, `order_gmem` has the longest tiles first, and we guess a steady fall.
+        """
+        if self.problem.key_ranges:
+            return self.schedule.table(range(self.schedule.blocks, 0, -1))
         with jax.ensure_compile_time_eval():
             first = jnp.arange(self.schedule.blocks) * self.tile.rows
             keys = ranges.key_blocks(self.problem, first, self.tile.rows, self.tile.block_kv)
@@ -149,11 +155,16 @@ def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
     tile = tiles.forward_tile(p)
     bytes_per_group = 2 * p.Sk * (p.D + p.Dv)
     blocks = -(-p.Sq // tile.rows)
+    section = 1
+    if p.right is not None or p.key_ranges:
+        section = schedule.section(p.B * p.H, p.group, bytes_per_group)
+    if p.key_ranges:  # a round of tiles from the same blocks, so that what is guessed of them matters less
+        section = max(section, schedule.section(p.B * p.H, _HEADS_OF_A_ROUND, 1, budget=1))
     order = Schedule(
         batch=p.B,
         heads=p.H,
         blocks=blocks,
-        section=schedule.section(p.B * p.H, p.group, bytes_per_group) if p.right is not None or p.key_ranges else 1,
+        section=section,
         descending=p.right is not None,
         persistent=tile.persistent,
     )
