@@ -18,7 +18,8 @@ class L1ForwardTile:
     stages: int = 2
     registers: int = 240  # of a consumer
     producer_registers: int = 24
-    crossed: bool = False  # the features of q, see `swizzled_rows.crossed`
+    crossed: bool = False  # the features of q, see `swizzled_rows`
+    paired: bool = False  # lanes in float32, see `swizzled_rows`
     spill_bytes: int = 0  # none of it inside the loops over features
 
     @property
@@ -35,7 +36,8 @@ class L1BackwardTile:
     stages: int = 1
     registers: int = 240  # of a consumer
     producer_registers: int = 24
-    crossed: bool = False  # the features of the rows that stay, see `swizzled_rows.crossed`
+    crossed: bool = False  # the features of the rows that stay, see `swizzled_rows`
+    paired: bool = False  # lanes in float32, see `swizzled_rows`
     packed: bool = False  # bfloat16 two at a time, see `l1_maxima` and `l1_signs`, else all in float32
     spill_bytes: int = 0  # none of it inside the loops over features
 
@@ -45,12 +47,14 @@ class L1BackwardTile:
 
 
 # Fields that are False in every tile until a GPU has run kernels with them.
-UNPROVEN = frozenset({"crossed", "packed"})
+UNPROVEN = frozenset({"crossed", "paired", "packed"})
 
-# ms on an H100 80GB HBM3, 2026-11-22: head dim 64 with B1 H16 S4096, 128 with B1 H8 S2048. None of them is crossed.
+# ms on an H100 80GB HBM3, 2026-11-22: head dim 64 with B1 H16 S4096, 128 with B1 H8 S2048. None is crossed or paired.
 FORWARD = {
-    64: L1ForwardTile(64, halves=2, stages=1, crossed=True),  # float32 1.72; two stages 1.76, block_kv=128 1.78
-    128: L1ForwardTile(64, stages=1, crossed=True, spill_bytes=160),  # float32 0.51; one warpgroup 1.26
+    # float32 1.72; two stages 1.76, block_kv=128 1.78
+    64: L1ForwardTile(64, halves=2, stages=1, crossed=True),
+    # float32 0.51; one warpgroup 1.26
+    128: L1ForwardTile(64, stages=1, crossed=True, paired=True, spill_bytes=160),
 }
 PACKED_FORWARD = {
     64: L1ForwardTile(64, halves=2, stages=3, crossed=True),  # bfloat16 1.16; two stages 1.23, block_kv=128 1.24
@@ -60,15 +64,15 @@ PACKED_FORWARD = {
 # dQ, then dK and dV.
 FLOAT32_BACKWARD = {
     # 3.87 + 4.50; one stage 4.15 + 4.71, one warpgroup 4.40 + 4.87
-    64: L1BackwardTile(stages=2, crossed=True, spill_bytes=16),
+    64: L1BackwardTile(stages=2, crossed=True, paired=True, spill_bytes=16),
     # 1.27 + 2.55; more does not fit the shared memory
-    128: L1BackwardTile(warpgroups=1, crossed=True, spill_bytes=1400),
+    128: L1BackwardTile(warpgroups=1, crossed=True, paired=True, spill_bytes=1400),
 }
 BACKWARD = {
     # 3.84 + 4.04; two stages 3.92 + 4.20, one warpgroup 4.40 + 4.44
-    64: L1BackwardTile(crossed=True, spill_bytes=16),
+    64: L1BackwardTile(crossed=True, paired=True, spill_bytes=16),
     # 0.95 + 1.27; one warpgroup 1.05 + 1.78
-    128: L1BackwardTile(crossed=True, spill_bytes=720),
+    128: L1BackwardTile(crossed=True, paired=True, spill_bytes=720),
 }
 PACKED_BACKWARD = {  # not measured yet
     64: L1BackwardTile(packed=True, crossed=True),

@@ -298,7 +298,7 @@ def _negative_distances(plan: Plan, refs: Refs, first, slot) -> list[jax.Array]:
     count = plan.tile.halves
     operands = (refs.q_smem, first, count, refs.k_smem, slot, plan.interpret, plan.tile.crossed)
     if not plan.packed:
-        return l1_distances.negative_distances(*operands)
+        return l1_distances.negative_distances(*operands, plan.tile.paired)
     maxima = l1_maxima.sums_of_maxima(*operands)
     k_sums = _compat.load(refs.k_sums_smem.at[slot], masking.COLUMNS)
     q_sums = [_compat.load(refs.q_sums_smem.at[first + n], softmax.ROWS) for n in range(count)]

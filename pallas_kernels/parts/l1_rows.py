@@ -118,7 +118,7 @@ class Rows:
         """-d [64, block] of a consumer's rows and those in a slot."""
         operands = (refs.still_smem, wg, 1, refs.passing_smem, slot, self.interpret, self.tile.crossed)
         if not self.tile.packed:
-            return l1_distances.negative_distances(*operands)[0]
+            return l1_distances.negative_distances(*operands, self.tile.paired)[0]
         (maxima,) = l1_maxima.sums_of_maxima(*operands)
         x_sums = _compat.load(refs.still_sums_smem.at[wg], softmax.ROWS)
         y_sums = _compat.load(refs.passing_sums_smem.at[slot], masking.COLUMNS)
@@ -132,7 +132,8 @@ class Rows:
         """Adds what ds [64, block] gives."""
         if not self.tile.packed:
             x, y = (refs.still_smem, wg), (refs.passing_smem, slot)
-            d = l1_gradients.add(sums.d, ds, refs.ds_smem.at[wg], *x, *y, self.interpret, self.tile.crossed)
+            how = self.interpret, self.tile.crossed, self.tile.paired
+            d = l1_gradients.add(sums.d, ds, refs.ds_smem.at[wg], *x, *y, *how)
             return Sums(d, sums.ds + ds.sum(axis=1))
         rounded = ds.astype(jnp.bfloat16)
         x, y = (refs.still_signs_smem, wg), (refs.passing_signs_smem, slot)
@@ -141,8 +142,11 @@ class Rows:
 
     def finish(self, refs, sums: Sums, factor: float, wg) -> None:
         """Tile wg of `out_smem` becomes factor * sum_j ds_ij sign(x_iw - y_jw)."""
-        finish = l1_signs.finish if self.tile.packed else l1_gradients.finish
-        finish(sums.d, sums.ds, factor, refs.ds_smem.at[wg], self.out_smem(refs), wg, self.interpret)
+        out = refs.ds_smem.at[wg], self.out_smem(refs), wg, self.interpret
+        if self.tile.packed:
+            l1_signs.finish(sums.d, sums.ds, factor, *out)
+        else:
+            l1_gradients.finish(sums.d, sums.ds, factor, *out, self.tile.paired)
 
     def out_smem(self, refs):
         return refs.still_signs_smem if self.tile.packed else refs.still_smem

@@ -118,6 +118,17 @@ def thread() -> tuple[ir.Value, ir.Value]:
     return over(arith.remui(index, integer(128)), 32), arith.remui(index, integer(32))
 
 
+def paired(lane: ir.Value, columns: int) -> tuple[ir.Value, ir.Value]:
+    """Row and column of a lane in a warp of 32 / columns x columns, neighbours of which read alike.
+
+    What has 16 bytes for each of 32 lanes takes four clocks; two, if lanes n and n ^ 1, or n and n ^ 2, read the same.
+    Here that is so for reads by column, n and n ^ 1, and for reads by row, n and n ^ 2.
+    """
+    odd, rest = arith.remui(lane, integer(2)), over(lane, 2)
+    row = arith.addi(odd, arith.muli(over(rest, columns), integer(2)))
+    return row, arith.remui(rest, integer(columns))
+
+
 def pointer(ref, chunk, row, unit) -> ir.Value:
     """Where a unit of a row of a chunk of a tile lies, in shared memory."""
     before = arith.addi(arith.muli(chunk, integer(ir.MemRefType(ref.type).shape[1])), row)

@@ -32,13 +32,13 @@ def crossed(x: np.ndarray, is_crossed: bool) -> np.ndarray:
     return np.asarray(swizzled_rows.crossed(jnp.asarray(x), 4 // x.itemsize)) if is_crossed else x
 
 
-@pytest.mark.parametrize("is_crossed", [False, True])
+@pytest.mark.parametrize(("is_crossed", "is_paired"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("head_dim", [32, 64])
-def test_distances(head_dim, is_crossed):
+def test_distances(head_dim, is_crossed, is_paired):
     x, y, memory = [rows(1, head_dim), rows(2, head_dim)], rows(3, head_dim), threads.Memory()
     with threads.running(memory):
         tiles = [memory.tile(crossed(each, is_crossed)) for each in x]
-        found = l1_distances._distances(64, is_crossed, None, memory.tile(y), *tiles)
+        found = l1_distances._distances(64, is_crossed, is_paired, None, memory.tile(y), *tiles)
     for each, negative in zip(x, found, strict=True):
         np.testing.assert_array_equal(threads.array(negative), -distances(each, y))
 
@@ -54,16 +54,17 @@ def test_maxima(is_crossed):
         np.testing.assert_array_equal(threads.array(maxima), expected)
 
 
-@pytest.mark.parametrize("is_crossed", [False, True])
-def test_gradients(is_crossed):
+@pytest.mark.parametrize(("is_crossed", "is_paired"), [(False, False), (True, False), (True, True)])
+def test_gradients(is_crossed, is_paired):
     x, y, memory = rows(1, 64), rows(2, 64), threads.Memory()
     ds = np.random.default_rng(3).integers(-8, 9, (64, 64)).astype(np.float32)
     with threads.running(memory):
         x_ref, room = memory.tile(crossed(x, is_crossed)), memory.flat(4 * 68 * 64, (68, 64))
         sums = threads.registers(np.zeros((64, 64)))
-        sums = l1_gradients._add(is_crossed, None, sums, threads.registers(ds), room, x_ref, memory.tile(y))
+        of_ds, y_ref = threads.registers(ds), memory.tile(y)
+        sums = l1_gradients._add(is_crossed, is_paired, None, sums, of_ds, room, x_ref, y_ref)
         memory.bytes[room.at : room.at + 256] = ds.sum(axis=1).view(np.uint8)
-        l1_gradients._finish(FACTOR, sums, room, x_ref)
+        l1_gradients._finish(FACTOR, is_paired, sums, room, x_ref)
     np.testing.assert_array_equal(memory.read_tile(x_ref, 64, 2, np.float32), gradient(x, y, ds))
 
 
