@@ -113,7 +113,11 @@ class Launch:
         if self.index not in _thread.devices or _current_device() != self.index:
             with _thread.on(self.device):
                 return self._run(tensors, steps)
-        values = [_ready(t) for t in tensors if t is not None]
+        values = [  # as kernels read them: row-major at an aligned address, which most are
+            t if t.is_contiguous() and not t.data_ptr() % _ALIGNMENT and not t.is_neg() else bridge.canonical(t)
+            for t in tensors
+            if t is not None
+        ]
         values += self.constants
         for run, operands in steps:
             values += run(operands(values))
@@ -142,13 +146,6 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-
-
-def _ready(t: Tensor) -> Tensor:
-    """t as a kernel reads it: row-major at an aligned address. Mostly t itself."""
-    if t.is_contiguous() and not t.data_ptr() % _ALIGNMENT and not t.is_neg():
-        return t
-    return bridge.canonical(t)
 
 
 def _runner(step: Step, device: torch.device) -> Callable[[Sequence[Tensor]], list[Tensor]]:

@@ -228,6 +228,17 @@ def test_jax_memory_does_not_grow():
     assert [step() for _ in range(20)][-1] <= first
 
 
+def test_sdpa_of_51200_tokens():
+    """The longest case of the tutorial on scaled_dot_product_attention, whose scores would take 1.3 TB."""
+    g = torch.Generator(CUDA).manual_seed(19)
+    q, k, v = (torch.randn(32, 8, 51200, 64, dtype=torch.float16, device=CUDA, generator=g) for _ in range(3))
+    out = scaled_dot_product_attention(q, k, v)
+    assert out.shape == q.shape
+    for b, h, i in ((0, 0, 0), (13, 3, 25001), (31, 7, 51199)):
+        weights = (k[b, h].float() @ q[b, h, i].float() / 8).softmax(0)
+        torch.testing.assert_close(out[b, h, i].float(), weights @ v[b, h].float(), atol=1e-3, rtol=2e-2)
+
+
 def test_memory_that_torch_keeps_unused_is_jaxs_too():
     """Torch has held nearly all of the GPU and lets go of it, but not to the driver."""
     tensors = qkv(20, torch.float32, Sq=2048, D=256, grad=False)
