@@ -57,9 +57,13 @@ def on_the_cpu():
     assert not interpreter.found_races(), "the race detector found a race"
 
 
+@contextlib.contextmanager
 def proven():
     """As if a GPU had run everything."""
-    return mock.patch.object(l1_tiles, "UNPROVEN", frozenset())
+    jax.clear_caches()
+    with mock.patch.object(l1_tiles, "UNPROVEN", frozenset()):
+        yield
+    jax.clear_caches()
 
 
 @pytest.mark.skipif(OLD, reason="takes minutes on this JAX")
