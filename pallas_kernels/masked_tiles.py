@@ -20,6 +20,7 @@ class MaskedForward:
     warpgroups: int = 2
     stages: int = 2
     mask_stages: int = 2
+    q_stages: int = 1  # 2: Q of the next tile comes while this one is computed, for short sequences
     registers: int = 240  # of a consumer
     producer_registers: int = 24
     turns: bool = True  # consumers take turns at the tensor cores
@@ -53,7 +54,7 @@ class MaskGradientTile:
 
 
 FORWARD = {
-    (64, 2): MaskedForward(together=2, spill_bytes=208),
+    (64, 2): MaskedForward(together=2, mask_stages=1, q_stages=2, spill_bytes=224),
     (64, 4): MaskedForward(together=2, mask_stages=1, spill_bytes=240),
     (128, 2): MaskedForward(),
     (128, 4): MaskedForward(mask_stages=1, spill_bytes=48),

@@ -59,6 +59,14 @@ class Plan:
         together = self.tile.together
         return [self.sharing.entry(work.b, work.h * together + g) for g in range(together)]
 
+    def q_slot(self, done):
+        """Where Q of the tile lies that begins after so many key blocks."""
+        return lax.rem(lax.div(done, jnp.int32(self.steps)), jnp.int32(self.tile.q_stages))
+
+    def q_tile(self, done, wg, g: int):
+        """The tile of Q of a consumer and an entry."""
+        return (self.q_slot(done) * self.tile.warpgroups + wg) * self.tile.together + g
+
     def first_row(self, work: Work):
         """Of this CTA's tile."""
         return (work.block * self.tile.cluster + cluster.member(self.tile.cluster)) * self.tile.rows
@@ -66,7 +74,7 @@ class Plan:
     def tile_types(self) -> dict[str, tma.TileType]:
         p, t = self.problem, self.tile
         shapes = {
-            "q_smem": (t.warpgroups * t.together, 64, p.D),
+            "q_smem": (t.q_stages * t.warpgroups * t.together, 64, p.D),
             "k_smem": (t.stages * t.together, t.block_kv, p.D),
             "v_smem": (t.stages * t.together, t.block_kv, p.Dv),
         }
@@ -78,7 +86,7 @@ class Plan:
 
 
 class Refs(NamedTuple):
-    """What the kernel sees. Tile n * together + g of Q, K and V belongs to the g-th entry."""
+    """What the kernel sees. Tile n * together + g of K and V belongs to the g-th entry."""
 
     q_gmem: Any
     k_gmem: Any
@@ -146,8 +154,10 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     t, types = plan.tile, plan.tile_types()
     return {
         **{name: x.scratch for name, x in types.items()},
-        "q_full": plgpu.Barrier(num_arrivals=t.warpgroups * t.together * types["q_smem"].chunks),
-        "q_empty": plgpu.Barrier(num_arrivals=t.warpgroups),
+        "q_full": plgpu.Barrier(
+            num_arrivals=t.warpgroups * t.together * types["q_smem"].chunks, num_barriers=t.q_stages
+        ),
+        "q_empty": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.q_stages),
         "k_full": plgpu.Barrier(num_arrivals=t.together * types["k_smem"].chunks, num_barriers=t.stages),
         "k_empty": cluster.empty(t.cluster, t.warpgroups, t.stages),
         "v_full": plgpu.Barrier(num_arrivals=t.together * types["v_smem"].chunks, num_barriers=t.stages),
@@ -181,12 +191,13 @@ def _producer(plan: Plan, refs: Refs, cta) -> None:
 def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
     """Copies the operands of a tile; `done` counts the key blocks of earlier tiles, which fix ring slots."""
     t, entries, first, along = plan.tile, plan.entries(work), plan.first_row(work), cluster.axis(plan.tile.cluster)
-    pl.when(done > 0)(lambda: plgpu.barrier_wait(refs.q_empty))
+    q_slot = plan.q_slot(done)
+    pl.when(done >= t.q_stages * plan.steps)(lambda: plgpu.barrier_wait(refs.q_empty.at[q_slot]))
     for w in range(t.warpgroups):
         row = first + w * 64
         for g, (b, h) in enumerate(entries):
             head = shared_mask.operand_head(plan.problem, refs.q_gmem, h)
-            refs.q_smem.load(refs.q_gmem, b, row, head, w * t.together + g, refs.q_full)
+            refs.q_smem.load(refs.q_gmem, b, row, head, plan.q_tile(done, w, g), refs.q_full.at[q_slot])
 
     def load(step, smem, gmem, full, empty):
         slot = lax.rem(done + step, t.stages)
@@ -222,6 +233,13 @@ def _consumer(plan: Plan, refs: Refs, cta, wg) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
+class Rows(NamedTuple):
+    """The rows of one consumer, and how many key blocks earlier tiles took."""
+
+    wg: jax.Array
+    done: Any
+
+
 class Carry(NamedTuple):
     """Between products: the weights of an entry's block wait for its V."""
 
@@ -231,32 +249,44 @@ class Carry(NamedTuple):
 
 def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
     """Outputs of this consumer's 64 rows; returns the key blocks done so far."""
-    plgpu.barrier_wait(refs.q_full)
+    early = plan.tile.q_stages == 1  # the next Q has no other place to come to
+    rows = Rows(wg, done)
+    plgpu.barrier_wait(refs.q_full.at[plan.q_slot(done)])
 
     def step(n, carry):
         mask = None
         for g in range(plan.tile.together):
-            carry, mask = _advance(plan, refs, wg, done + n, g, carry, mask)
+            carry, mask = _advance(plan, refs, rows, n, g, carry, mask)
         return carry
 
-    carry, mask = _first(plan, refs, wg, done)
+    carry, mask = _first(plan, refs, rows)
+    if not early:
+        pl.when(done > 0)(lambda: _give_back(plan, refs, done - plan.steps))
     for g in range(1, plan.tile.together):
-        carry, mask = _advance(plan, refs, wg, done, g, carry, mask)
+        carry, mask = _advance(plan, refs, rows, 0, g, carry, mask)
     carry = lax.fori_loop(1, plan.steps, step, carry)
-    sums = _last(plan, refs, done + plan.steps - 1, carry)
-    _write(plan, refs, wg, work, sums)
+    _write(plan, refs, rows, work, _last(plan, refs, rows, carry))
+    if early:
+        _give_back(plan, refs, done)
     return done + plan.steps
 
 
-def _first(plan: Plan, refs: Refs, wg, n) -> tuple[Carry, jax.Array]:
+def _give_back(plan: Plan, refs: Refs, done) -> None:
+    """Lets Q of another tile come where the outputs of this one have left."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(refs.q_empty.at[plan.q_slot(done)])
+
+
+def _first(plan: Plan, refs: Refs, rows: Rows) -> tuple[Carry, jax.Array]:
     """The weights of the first entry's first block, and the mask there."""
     p, t = plan.problem, plan.tile
-    slot = lax.rem(n, t.stages)
+    slot = lax.rem(rows.done, t.stages)
     plgpu.barrier_wait(refs.k_full.at[slot])
 
     def product(s_acc):
-        tma.transposed_product(s_acc, refs.q_smem, wg * t.together, refs.k_smem, slot * t.together)
-        mask = _mask(plan, refs, wg, n)
+        q_tile = plan.q_tile(rows.done, rows.wg, 0)
+        tma.transposed_product(s_acc, refs.q_smem, q_tile, refs.k_smem, slot * t.together)
+        mask = _mask(plan, refs, rows.wg, rows.done)
         return plgpu.wgmma_accumulator_load(s_acc, wait_n=0), mask
 
     s, mask = pl.run_scoped(product, plgpu.ACC((64, t.block_kv), jnp.float32))
@@ -266,12 +296,12 @@ def _first(plan: Plan, refs: Refs, wg, n) -> tuple[Carry, jax.Array]:
     return Carry((zero,) * t.together, _weights(plan, s, mask)), mask
 
 
-def _advance(plan: Plan, refs: Refs, wg, n, g: int, carry: Carry, mask) -> tuple[Carry, jax.Array]:
-    """S of entry g's block n on the tensor cores, and the product that is owed; the next weights while it runs.
+def _advance(plan: Plan, refs: Refs, rows: Rows, step, g: int, carry: Carry, mask) -> tuple[Carry, jax.Array]:
+    """S of entry g's block of a step on the tensor cores, and the product that is owed; the next weights while it runs.
 
     The mask comes in with the first entry.
     """
-    t = plan.tile
+    t, wg, n = plan.tile, rows.wg, rows.done + step
     owed = g - 1 if g else t.together - 1  # whose weights wait
     slot, v_slot = lax.rem(n, t.stages), lax.rem(n if g else n - 1, t.stages)
     if g == 0:
@@ -281,7 +311,8 @@ def _advance(plan: Plan, refs: Refs, wg, n, g: int, carry: Carry, mask) -> tuple
 
     def overlapped(s_acc, o_acc):
         o_acc[...] = carry.sums[owed]
-        tma.transposed_product(s_acc, refs.q_smem, wg * t.together + g, refs.k_smem, slot * t.together + g)
+        q_tile = plan.q_tile(rows.done, wg, g)
+        tma.transposed_product(s_acc, refs.q_smem, q_tile, refs.k_smem, slot * t.together + g)
         if owed == 0:
             plgpu.barrier_wait(refs.v_full.at[v_slot])
         running = tma.product(o_acc, carry.weights, refs.v_smem, v_slot * t.together + owed)
@@ -301,10 +332,10 @@ def _advance(plan: Plan, refs: Refs, wg, n, g: int, carry: Carry, mask) -> tuple
     return pl.run_scoped(overlapped, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
-def _last(plan: Plan, refs: Refs, n, carry: Carry) -> tuple[jax.Array, ...]:
+def _last(plan: Plan, refs: Refs, rows: Rows, carry: Carry) -> tuple[jax.Array, ...]:
     """The product that is still owed."""
     t, owed = plan.tile, plan.tile.together - 1
-    slot = lax.rem(n, t.stages)
+    slot = lax.rem(rows.done + plan.steps - 1, t.stages)
     if owed == 0:
         plgpu.barrier_wait(refs.v_full.at[slot])
 
@@ -332,14 +363,13 @@ def _weights(plan: Plan, s: jax.Array, mask: jax.Array) -> jax.Array:
     return (s * mask.astype(jnp.float32)).astype(plan.problem.dtype)
 
 
-def _write(plan: Plan, refs: Refs, wg, work: Work, sums: tuple[jax.Array, ...]) -> None:
-    """Sums -> outputs, through the memory of Q, which is then free for that of the next tile."""
-    t, p = plan.tile, plan.problem
-    for g, total in enumerate(sums):
-        refs.q_smem.write(wg * t.together + g, (total * p.scale).astype(p.dtype))
+def _write(plan: Plan, refs: Refs, rows: Rows, work: Work, sums: tuple[jax.Array, ...]) -> None:
+    """Sums -> outputs, through the memory of Q; the copy runs on."""
+    p = plan.problem
+    tiles_of = [plan.q_tile(rows.done, rows.wg, g) for g in range(len(sums))]
+    for n, total in zip(tiles_of, sums, strict=True):
+        refs.q_smem.write(n, (total * p.scale).astype(p.dtype))
     plgpu.commit_smem()
-    row = plan.first_row(work) + wg * 64
-    for g, (b, h) in enumerate(plan.entries(work)):
-        refs.q_smem.store(refs.out_gmem, b, row, h, wg * t.together + g)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(refs.q_empty)
+    row = plan.first_row(work) + rows.wg * 64
+    for n, (b, h) in zip(tiles_of, plan.entries(work), strict=True):
+        refs.q_smem.store(refs.out_gmem, b, row, h, n)
