@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from bench import attention, decode, interop, l1, linear, varlen
+from bench import attention, decode, interop, l1, layers, linear, varlen
 
 BENCHMARKS = {
     "attention": attention,
     "decode": decode,
     "interop": interop,
     "l1": l1,
+    "layers": layers,
     "linear": linear,
     "varlen": varlen,
 }

@@ -90,6 +90,8 @@ def cpu_name() -> str:
 def label(shape: dict[str, Any]) -> str:
     """A shape as a person writes it: B2 S8192 H16 D128 causal."""
     s = shape
+    if "layer" in s:
+        return f"{s['layer']} {s['rows']} x {s['width']}" + (f" x {s['hidden']}" if s["hidden"] else "")
     text = f"B{s['B']} S{s['Sq']}" + ("" if s["Sk"] == s["Sq"] else f"x{s['Sk']}")
     text += f" H{s['H']}" + ("" if s["Hk"] == s["H"] else f"/{s['Hk']}")
     text += f" D{s['D']}" + ("" if s["Dv"] == s["D"] else f"/{s['Dv']}")
