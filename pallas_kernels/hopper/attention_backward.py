@@ -364,11 +364,12 @@ def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, s_a
     """P^T and dS^T [64 keys, block_q] in the input dtype."""
     p, mine = plan.problem, pl.ds((wg + descriptors.zero_at(step, plan.interpret)) * 64, 64)
     tma.transposed_product(s_acc, refs.k_smem, 0, refs.q_smem, slot, rows=mine)
+    visit = walk.visit(step)
     lse2 = _compat.load(refs.lse_smem.at[slot], masking.COLUMNS)
     plgpu.barrier_wait(refs.do_full.at[slot])
     running = tma.transposed_product(dp_acc, refs.v_smem, 0, refs.do_smem, slot, rows=mine)
     products = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
-    rows = KeyRows(work, walk, plan.block, wg * 64)
+    rows = KeyRows(work, walk, plan.block, wg * 64, visit)
     s, factor, slope = key_rows.scored(p, refs, rows, step, slot, products, plan.interpret)
     weights = jnp.exp2(s * factor - over_rows(lse2, s.shape))
     drop = dropping.read(refs, slot, masking.COLUMNS)

@@ -91,13 +91,20 @@ class Walk(NamedTuple):
 
     def at(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Query head and query block of a step."""
-        if self.visits is not None:
-            place, _ = self.visits.at(step)
-            return self.first_head + lax.div(place, jnp.int32(self.blocks)), lax.rem(place, jnp.int32(self.blocks))
+        visit = self.visit(step)
+        if visit is not None:
+            return visit[:2]
         if self.group == 1:
             return self.first_head, self.rows.lo + step
         each = jnp.maximum(self.rows.hi - self.rows.lo, 1)
         return self.first_head + lax.div(step, each), self.rows.lo + lax.rem(step, each)
+
+    def visit(self, step: jax.Array) -> tuple[jax.Array, jax.Array, Any] | None:
+        """Those, and whether nothing of the tile is hidden, if the walk is a list: a read of global memory."""
+        if self.visits is None:
+            return None
+        place, whole = self.visits.at(step)
+        return self.first_head + lax.div(place, jnp.int32(self.blocks)), lax.rem(place, jnp.int32(self.blocks)), whole
 
 
 def walk(p: AttentionProblem, refs, work: Work, block: Block) -> Walk:
@@ -124,11 +131,16 @@ class KeyRows(NamedTuple):
     walk: Walk
     block: Block
     offset: Any
+    visit: Any = None  # that of the walk's step, read ahead of its use
 
     @property
     def first(self):
         """The number of the first key."""
         return self.work.block * self.block.kv + self.offset
+
+    def at(self, step) -> tuple[jax.Array, jax.Array]:
+        """Query head and query block of the step."""
+        return self.walk.at(step) if self.visit is None else self.visit[:2]
 
 
 def scored(p: AttentionProblem, refs, rows: KeyRows, step, slot, products, interpret: _compat.Interpret) -> Scores:
@@ -138,9 +150,8 @@ def scored(p: AttentionProblem, refs, rows: KeyRows, step, slot, products, inter
         s = _hide(p, rows, step, s, interpret)
     else:
         s = _hide_by_limits(refs, rows, step, slot, s)
-    if rows.walk.visits is not None:
-        _, whole = rows.walk.visits.at(step)
-        s = lax.cond(whole, lambda s: s, functools.partial(_hide_some, refs, rows, slot, interpret), s)
+    if rows.visit is not None:
+        s = lax.cond(rows.visit[2], lambda s: s, functools.partial(_hide_some, refs, rows, slot, interpret), s)
     elif refs.kv_ids_smem is not None:
         s = masking.hide_other_segments(s, *_ids(refs, rows, slot))
     return Scores(s, factor, slope)
@@ -160,7 +171,7 @@ def _hide_some(refs, rows: KeyRows, slot, interpret: _compat.Interpret, s) -> ja
 
 def _modify(p: AttentionProblem, refs, rows: KeyRows, step, products, interpret: _compat.Interpret) -> Scores:
     """Softcap, bias and ALiBi."""
-    head, block = rows.walk.at(step)
+    head, block = rows.at(step)
     slope = None
     if refs.slopes_gmem is not None:
         slope = refs.slopes_gmem[tma.batch_entry(refs.slopes_gmem, rows.work.b), head]
@@ -178,7 +189,7 @@ def _hide(p: AttentionProblem, rows: KeyRows, step, s, interpret: _compat.Interp
     ragged = p.Sk % size.kv != 0
     if p.left is None and p.right is None and not ragged:
         return s
-    _, block = rows.walk.at(step)
+    _, block = rows.at(step)
     cut = (block < rows.walk.rows.full_lo) | (block >= rows.walk.rows.full_hi)
     if ragged:
         cut = cut | (rows.work.block == p.Sk // size.kv)
@@ -198,7 +209,7 @@ def _hide(p: AttentionProblem, rows: KeyRows, step, s, interpret: _compat.Interp
 def _hide_by_limits(refs, rows: KeyRows, step, slot, s) -> jax.Array:
     """-inf where a key is not in its query's own range."""
     work = rows.work
-    _, block = rows.walk.at(step)
+    _, block = rows.at(step)
     b = tma.batch_entry(refs.visits_gmem, work.b)
     full_lo, full_hi = (refs.visits_gmem[b, block, n] for n in (1, 2))
 

@@ -1,5 +1,7 @@
 """A small call of each attention kernel, to run under compute-sanitizer; see docs/development.md."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,7 @@ unproven.FEATURES.clear()
 for head_dim, length in ((64, 200), (128, 256), (256, 150)):
     q, k, v = (jax.random.normal(jax.random.key(n), (1, length, 2, head_dim), jnp.bfloat16) for n in range(3))
     i = jnp.arange(length)
-    features = (
+    features: tuple[dict[str, Any], ...] = (
         {"causal": True},
         {"softcap": 20.0},
         {"dropout_rate": 0.5, "dropout_key": jax.random.key(3)},
