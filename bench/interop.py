@@ -113,12 +113,8 @@ def main(args: argparse.Namespace) -> results.Report:
 
 def _prepared(peers: list[Peer], tasks: list[tuple], on_gpu: bool) -> list[dict[str, Timed]]:
     """What can do each task, compiled side by side: that takes longer than to time. The bridge's calls come last."""
-    if on_gpu:
-        import torch
-
-        from interop import direct
-
-        direct.works(torch.device("cuda", 0))  # once, rather than in every thread
+    if on_gpu:  # a first call alone: it tries out direct launches, which every thread would do by itself
+        torch_peer(_ours)(*tasks[0]).run()
     bridge = [peer for peer in peers if peer.prepare is _bridge]
     others = [peer for peer in peers if peer.prepare is not _bridge]
     with ThreadPoolExecutor(len(tasks) if on_gpu else 1) as pool:
