@@ -32,8 +32,8 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
             "deterministic=True with bias is not in the kernels",
         ),
         (
-            direction == "backward" and p.bias_gradient and p.softcap is not None,
-            f"the gradient of a bias with softcap={p.softcap} is not in the kernels",
+            direction == "backward" and p.bias_gradient and p.softcap is not None and max(p.D, p.Dv) > 192,
+            f"head_dim={max(p.D, p.Dv)} with softcap and the gradient of a bias must be <= 192",
         ),
         (p.key_ranges and p.alibi, "alibi_slopes with packed sequences or caches are not in the kernels"),
         (p.scale <= 0, f"scale={p.scale} must be > 0"),

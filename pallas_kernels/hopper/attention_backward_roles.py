@@ -88,6 +88,7 @@ class Refs(NamedTuple):
     bias_gmem: Any = None
     d_bias_gmem: Any = None
     d_bias_smem: Any = None  # of the interpreter
+    slope_smem: Any = None  # of softcap, where the gradient of a bias wants dS without it
     drop_gmem: Any = None  # [B, H, 2, rows], see dropping
     drop_smem: Any = None
 
@@ -133,13 +134,15 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     types = tile_types(plan)
     with_q, with_kv = key_rows.copies(p)
     scores = (t.block_kv, t.block_q)
+    p_or_slope = plgpu.SMEM((P_STAGES, *scores), jnp.dtype(p.dtype), transforms=tma.TILED)
     staging = {"dq_smem": plgpu.SMEM((CONSUMERS, *plan.dq_shape[-2:]), jnp.float32)} if plan.interpret else {}
     return {
         **{name: x.scratch for name, x in types.items()},
         **key_rows.scratch(p, t.stages, plan.block),
         **staging,
         **bias.staging(p, t.block_q, t.block_kv, plan.interpret),
-        "p_smem": plgpu.SMEM((P_STAGES, *scores), jnp.dtype(p.dtype), transforms=tma.TILED),
+        **({"slope_smem": p_or_slope} if p.bias_gradient and p.softcap is not None else {}),
+        "p_smem": p_or_slope,
         "ds_smem": plgpu.SMEM((t.ds_stages, *scores), jnp.dtype(p.dtype), transforms=tma.TILED),
         "lse_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
         "delta_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
@@ -224,10 +227,12 @@ def _value_step(plan: Plan, refs: Refs, work: Work, walk: Walk, dv_acc, step, _)
     slot, p_slot = lax.rem(step, t.stages), lax.rem(step, P_STAGES)
     plgpu.barrier_wait(refs.q_full.at[slot])
     form = functools.partial(_weights, plan, refs, work, walk, step, slot)
-    weights, bent = pl.run_scoped(form, plgpu.ACC((64, t.block_q), jnp.float32))
+    weights, marked, slope = pl.run_scoped(form, plgpu.ACC((64, t.block_q), jnp.float32))
     pl.when(step > 0)(lambda: plgpu.barrier_arrive(refs.do_empty.at[lax.rem(step - 1, t.stages)]))
     pl.when(step >= P_STAGES)(lambda: plgpu.barrier_wait(refs.p_empty.at[p_slot]))
-    refs.p_smem[p_slot] = bent
+    refs.p_smem[p_slot] = marked
+    if slope is not None:
+        refs.slope_smem[p_slot] = slope
     plgpu.barrier_arrive(refs.p_full.at[p_slot])
     plgpu.barrier_wait(refs.do_full.at[slot])
     tma.product(dv_acc, weights, refs.do_smem, slot)
@@ -235,7 +240,10 @@ def _value_step(plan: Plan, refs: Refs, work: Work, walk: Walk, dv_acc, step, _)
 
 
 def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, step, slot, s_acc):
-    """P^T that dropout leaves, and P^T marked by it times the slope of softcap, [64, block_q] in the input dtype."""
+    """P^T that dropout leaves, P^T marked by it, and softcap's slope: None if there is none or the second has it.
+
+    Each [64, block_q] in the input dtype.
+    """
     p = plan.problem
     tma.transposed_product(s_acc, refs.k_smem, 0, refs.q_smem, slot)
     visit = walk.visit(step)
@@ -249,8 +257,11 @@ def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, step, slot, s_acc):
     weights = jnp.exp2(s * factor - over_rows(lse2, s.shape))
     weights = dropping.of_columns(p, weights, drop, rows.first, plan.interpret)
     rounded = weights.astype(p.dtype)
-    bent = rounded if slope is None else (weights * slope).astype(p.dtype)
-    return dropping.kept(p, rounded), bent
+    if slope is None:
+        return dropping.kept(p, rounded), rounded, None
+    if refs.slope_smem is not None:
+        return dropping.kept(p, rounded), rounded, slope.astype(p.dtype)
+    return dropping.kept(p, rounded), (weights * slope).astype(p.dtype), None
 
 
 def _first_columns(plan: Plan, refs: Refs, work: Work, walk: Walk, step) -> None:
@@ -301,6 +312,7 @@ def _ds(plan: Plan, refs: Refs, work: Work, walk: Walk, step, slot, dp_acc) -> j
     delta = _compat.load(refs.delta_smem.at[slot], masking.COLUMNS)
     plgpu.barrier_wait(refs.p_full.at[p_slot])
     weights = _compat.load(refs.p_smem.at[p_slot], plgpu.Layout.WGMMA)
+    slope = None if refs.slope_smem is None else _compat.load(refs.slope_smem.at[p_slot], plgpu.Layout.WGMMA)
     plgpu.barrier_arrive(refs.p_empty.at[p_slot])
     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)  # and dK of the step before is done
     barriers.fence(plan.interpret)  # delta has been read, and TMA refills its slot
@@ -310,7 +322,7 @@ def _ds(plan: Plan, refs: Refs, work: Work, walk: Walk, step, slot, dp_acc) -> j
         head, block = walk.at(step)
         at = work.b, head, block * plan.tile.block_q, work.block * plan.tile.block_kv
         bias.add(p, refs.d_bias_gmem, refs.d_bias_smem, *at, ds, plan.interpret)
-    return ds.astype(p.dtype)
+    return (ds if slope is None else ds * slope.astype(jnp.float32)).astype(p.dtype)
 
 
 def _add_dq(plan: Plan, refs: Refs, work: Work, walk: Walk, step, wg: int, parts: range) -> None:

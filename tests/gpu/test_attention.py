@@ -102,6 +102,7 @@ UNPROVEN = {
     "bias_of_keys": (dict(B=2, Sq=700, Sk=900, H=4, Hk=2, D=64, bias=(2, 1, 1, 900)), dict(window=(90, 20))),
     "bias_of_keys_D256": (dict(B=2, Sq=500, H=2, D=256, bias=(1, 2, 1, 500)), {}),
     "bias_of_queries": (dict(B=2, Sq=700, H=2, D=64, bias=(1, 2, 700, 1), sinks=True), dict(causal=True)),
+    "bias_softcap": (dict(Sq=700, H=4, Hk=2, D=128, bias=(1, 4, 700, 700)), dict(softcap=3.0, **DROPOUT)),
     "bias_D256": (dict(B=2, Sq=500, H=4, Hk=2, D=256, bias=(1, 4, 500, 500)), dict(causal=True)),
     "bias_D192": (dict(B=2, Sq=517, H=2, D=192, Dv=128, bias=(2, 2, 517, 517)), {}),
     "nothing_is_seen": (dict(Sq=300, H=1, D=128), dict(mask=jnp.zeros((1, 1, 300, 300), bool))),
