@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bench import attention, decode, interop, l1, layers, linear, varlen
+from bench import attention, decode, interop, l1, layers, linear, tune, varlen
 
 BENCHMARKS = {
     "attention": attention,
@@ -13,6 +13,7 @@ BENCHMARKS = {
     "l1": l1,
     "layers": layers,
     "linear": linear,
+    "tune": tune,
     "varlen": varlen,
 }
 

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from jflash import layers
 from tests.parity.cases import normal
+
+torch = pytest.importorskip("torch")
 
 F = torch.nn.functional
 ACTIVATIONS = {
