@@ -10,5 +10,5 @@ def test_sequences():
     pytest.importorskip("torch")
     text = (Path(__file__).parents[2] / "docs" / "sequences.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     exec("\n".join(blocks), {})

@@ -143,6 +143,8 @@ def test_tokens_behind_the_last_sequence_are_not_read():
     for x in (out, *gradients.values()):
         assert (x[33:] == 0).all()
         assert (x[:33] != 0).any()
+    _, pull = jax.vjp(attend, poisoned)
+    jax.tree.map(np.testing.assert_array_equal, pull(out), pull(out.at[33:].set(jnp.nan)))
 
 
 def test_vmap():
