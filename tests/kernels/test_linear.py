@@ -156,6 +156,27 @@ def test_names_what_it_cannot_do(changed, reason):
     assert reason in linear.why_not(dataclasses.replace(p, **changed), "forward")
 
 
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        (dict(S=1000, D=128, decay="token", state=True), {}),
+        (dict(S=1024, D=64, decay="head"), {}),
+        (dict(S=100, D=64, decay="head", positive=True), dict(causal=False, normalize=True, cu_seqlens=jnp.arange(3))),
+        (dict(S=100, D=64), dict(causal=False)),
+    ],
+    ids=str,
+)
+def test_lowers(shape, options):
+    """For a GPU, which needs none: shapes, layouts and the API of this JAX are right."""
+    arrays = inputs(0, jnp.bfloat16, B=1, Hq=2, **shape)
+    attend = functools.partial(linear_attention, implementation="hopper", **options)
+    multiplies = mock.patch.object(linear_gradients, "MULTIPLIES_IN_KERNEL", True)
+    with on_hopper(), multiplies, mock.patch.object(linear, "UNPROVEN", ()):
+        run = jax.jit(lambda arrays: jax.vjp(lambda a: attend(**a), arrays)[1](arrays["v"]))
+        text = run.trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "custom_call @mosaic_gpu" in text
+
+
 @pytest.mark.compile
 @pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs jax-cuda13-plugin")
 @pytest.mark.parametrize("decay", [None, "token"])
