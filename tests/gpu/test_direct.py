@@ -259,12 +259,17 @@ def with_sinks(q, k, v):
     return attention(q, k, v, Options(right=0, deterministic=True), sinks=torch.linspace(-1, 1, 4, device=CUDA))[0]
 
 
-@pytest.mark.parametrize("name", ["packed", "packed_D128", "padded", "sinks"])
+def segmented(q, k, v):
+    ids = (torch.arange(q.shape[1], device=CUDA) // 90).expand(q.shape[:2])
+    return attention(q, k, v, Options(right=0, deterministic=True), segment_ids=(ids, ids))[0]
+
+
+@pytest.mark.parametrize("name", ["packed", "packed_D128", "padded", "sinks", "segments"])
 def test_bits_of_the_bridge_with_integers_between(name, monkeypatch):
-    """Torch does what lies between the kernels: tables of packed and of padded sequences, the factor of sinks."""
+    """Torch does what lies between the kernels: tables of sequences and segments, the factor of sinks."""
     monkeypatch.setattr(programs, "unproven", set())
     monkeypatch.setattr(direct, "launches", {})
-    attend, kinds = {"padded": (padded, 2), "sinks": (with_sinks, 1)}.get(name, (None, 2))
+    attend, kinds = {"padded": (padded, 2), "sinks": (with_sinks, 1), "segments": (segmented, 2)}.get(name, (None, 2))
     if attend is None:
         tensors, starts = packed(15, [300, 0, 77, 1, 456], D=128 if name == "packed_D128" else 64)
         attend = functools.partial(_varlen, starts)
@@ -273,7 +278,7 @@ def test_bits_of_the_bridge_with_integers_between(name, monkeypatch):
     if name == "padded":
         monkeypatch.delenv("JFLASH_EXACT_LENGTHS")
         monkeypatch.setattr(lengths, "first", {})
-        padded(*qkv(15, Sq=200, Hk=4))  # comes first, and runs as it is
+        with_gradients(padded, qkv(15, Sq=200, Hk=4, grad=True))  # comes first, and runs as it is
     expected = bridged(monkeypatch, lambda: with_gradients(attend, tensors))
     before = launched()
     for _ in range(2):
