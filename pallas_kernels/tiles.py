@@ -73,6 +73,11 @@ BACKWARD_WITH_BIAS = {  # not measured yet
     **{d: BackwardTile(block_q=64, block_kv=64, roles=True) for d in (64, 128)},
 }
 
+DETERMINISTIC_WITH_BIAS = {  # not measured yet
+    **BACKWARD,
+    64: BackwardTile(block_q=64),
+}
+
 
 def padded(head_dim: int) -> int:
     """The head dim the kernels compute with."""
@@ -84,4 +89,7 @@ def forward_tile(p: AttentionProblem) -> ForwardTile:
 
 
 def backward_tile(p: AttentionProblem) -> BackwardTile:
-    return (BACKWARD if p.bias_shape is None else BACKWARD_WITH_BIAS)[max(padded(p.D), padded(p.Dv))]
+    table = BACKWARD if p.bias_shape is None else BACKWARD_WITH_BIAS
+    if p.bias_shape is not None and p.deterministic:
+        table = DETERMINISTIC_WITH_BIAS
+    return table[max(padded(p.D), padded(p.Dv))]

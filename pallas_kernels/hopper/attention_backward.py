@@ -143,14 +143,19 @@ class Refs(NamedTuple):
     listed_gmem: Any = None  # this and the next two: see sparsity
     bits_gmem: Any = None
     bits_smem: Any = None
+    bias_gmem: Any = None
+    d_bias_gmem: Any = None
+    d_bias_smem: Any = None  # of the interpreter
     drop_gmem: Any = None  # [B, H, 2, rows], see dropping
     drop_smem: Any = None
 
 
 def attention_backward(
-    p: AttentionProblem, a: AttentionArrays, d_out, lse2, delta, dq, *, interpret: _compat.Interpret = None
+    p: AttentionProblem, a: AttentionArrays, d_out, lse2, delta, dq, d_bias=None, *, interpret: _compat.Interpret = None
 ) -> tuple[jax.Array, jax.Array]:
     """Adds dQ / scale to the accumulator `dq` (see `Plan.dq_shape`) and returns dK and dV.
+
+    d_bias: an accumulator for the gradient of the bias, see `bias.zeros`.
 
     For a deterministic problem `dq` is None, and dQ is left to `attention_backward_q`.
     lse2 = lse log2(e), float32 [B, H, Sq padded to whole blocks], +inf for rows without a gradient.
@@ -168,7 +173,7 @@ def attention_backward(
         **tails.inputs(a, plan.tile.block_q, plan.tile.block_kv, **operands),
         **features,
         **key_rows.order(features),
-        **({} if dq is None else {"dq_gmem": dq}),
+        **{name: x for name, x in (("dq_gmem", dq), ("d_bias_gmem", d_bias)) if x is not None},
     }
     kernel = _compat.kernel(
         functools.partial(_kernel, plan, (*inputs, "dk_gmem", "dv_gmem")),
@@ -221,7 +226,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         dq_barriers = {"dq_full": plan.dq_full.scratch, "dq_empty": plan.dq_empty.scratch}
     return {
         **smem,
-        **key_rows.scratch(p, t.stages, plan.block),
+        **key_rows.scratch(p, t.stages, plan.block, plan.interpret),
         "lse_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
         "delta_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
         "kv_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks + types["v_smem"].chunks + with_kv),
@@ -372,12 +377,12 @@ def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, s_a
     rows = KeyRows(work, walk, plan.block, wg * 64, visit)
     s, factor, slope = key_rows.scored(p, refs, rows, step, slot, products, plan.interpret)
     weights = jnp.exp2(s * factor - over_rows(lse2, s.shape))
-    drop = dropping.read(refs, slot, masking.COLUMNS)
-    weights = dropping.of_columns(p, weights, drop, rows.first, plan.interpret)
+    weights = dropping.of_columns(p, weights, dropping.read(refs, slot, masking.COLUMNS), rows.first, plan.interpret)
     rounded = dropping.kept(p, weights).astype(p.dtype)
     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
     delta = _compat.load(refs.delta_smem.at[slot], masking.COLUMNS)
     ds = dropping.score_gradient(p, weights, dp, over_rows(delta, dp.shape))
+    key_rows.add_to_bias(p, refs, rows, step, wg, ds, plan.interpret)
     return rounded, (ds if slope is None else ds * slope).astype(p.dtype)
 
 

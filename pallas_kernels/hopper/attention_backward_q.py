@@ -83,6 +83,7 @@ class Refs(NamedTuple):
     listed_gmem: Any = None
     bits_gmem: Any = None
     bits_smem: Any = None
+    bias_gmem: Any = None
     drop_gmem: Any = None
     drop_smem: Any = None
 
@@ -188,7 +189,7 @@ def _consumer(plan: Plan, refs: Refs, work: Work, visits: Visits, wg) -> None:
     row = work.block * ROWS + wg * 64
     lse2, delta = (_compat.load(refs.statistics_smem.at[wg, n], softmax.ROWS) for n in range(2))
     queries = query_rows.read(refs, work, wg, row, visits.range)
-    rows = Rows(wg, queries, visits, lse2, delta, dropping.read_rows(refs, wg))
+    rows = Rows(wg, work, queries, visits, lse2, delta, dropping.read_rows(refs, wg))
 
     def accumulate(dq_acc):
         lax.fori_loop(0, visits.steps, functools.partial(_step, plan, refs, rows, dq_acc), None)
@@ -205,6 +206,7 @@ class Rows(NamedTuple):
     """The query rows of one consumer."""
 
     wg: Any
+    work: Work
     queries: QueryRows
     visits: Visits
     lse2: jax.Array
@@ -229,8 +231,8 @@ def _ds(plan: Plan, refs: Refs, rows: Rows, step, slot, s_acc, dp_acc) -> jax.Ar
     mine = rows.wg + descriptors.zero_at(step, plan.interpret)
     tma.transposed_product(s_acc, refs.q_smem, mine, refs.k_smem, slot)
     running = tma.transposed_product(dp_acc, refs.do_smem, mine, refs.v_smem, slot)
+    keys = query_rows.key_block(refs, rows, step, slot, BLOCK_KV, plan.interpret)
     products = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
-    keys = query_rows.KeyBlock(slot, *rows.visits.at(step))
     s, factor, slope = query_rows.from_slot(
         p, refs, rows.queries, rows.wg, keys, products, plan.interpret, release=lambda: None
     )

@@ -24,7 +24,6 @@ from pallas_kernels import _compat, tiles
 from pallas_kernels.hopper.attention_backward import CONSUMERS, Plan, make_plan, tile_types
 from pallas_kernels.parts import (
     barriers,
-    bias,
     dropping,
     key_rows,
     masking,
@@ -138,9 +137,8 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     staging = {"dq_smem": plgpu.SMEM((CONSUMERS, *plan.dq_shape[-2:]), jnp.float32)} if plan.interpret else {}
     return {
         **{name: x.scratch for name, x in types.items()},
-        **key_rows.scratch(p, t.stages, plan.block),
+        **key_rows.scratch(p, t.stages, plan.block, plan.interpret),
         **staging,
-        **bias.staging(p, t.block_q, t.block_kv, plan.interpret),
         **({"slope_smem": p_or_slope} if p.bias_gradient and p.softcap is not None else {}),
         "p_smem": p_or_slope,
         "ds_smem": plgpu.SMEM((t.ds_stages, *scores), jnp.dtype(p.dtype), transforms=tma.TILED),
@@ -318,10 +316,7 @@ def _ds(plan: Plan, refs: Refs, work: Work, walk: Walk, step, slot, dp_acc) -> j
     barriers.fence(plan.interpret)  # delta has been read, and TMA refills its slot
     plgpu.barrier_arrive(refs.do_empty.at[slot])
     ds = dropping.score_gradient(p, weights.astype(jnp.float32), dp, over_rows(delta, dp.shape))
-    if refs.d_bias_gmem is not None:
-        head, block = walk.at(step)
-        at = work.b, head, block * plan.tile.block_q, work.block * plan.tile.block_kv
-        bias.add(p, refs.d_bias_gmem, refs.d_bias_smem, *at, ds, plan.interpret)
+    key_rows.add_to_bias(p, refs, KeyRows(work, walk, plan.block, 0), step, 0, ds, plan.interpret)
     return (ds if slope is None else ds * slope.astype(jnp.float32)).astype(p.dtype)
 
 

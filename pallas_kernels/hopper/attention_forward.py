@@ -286,7 +286,7 @@ def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
     plgpu.barrier_wait(refs.q_full)
     first = work.block * plan.tile.rows + wg * 64
     queries = query_rows.read(refs, work, wg, first, visits.range)
-    rows = Rows(wg, work, done, _start(refs, work), queries, visits, dropping.read_rows(refs, wg))
+    rows = Rows(wg, work, done, query_rows.start(refs, work), queries, visits, dropping.read_rows(refs, wg))
     carry = lax.fori_loop(1, visits.steps, functools.partial(_step, plan, refs, rows), _first(plan, refs, rows))
     if not plan.tile.out_in_q:
         plgpu.barrier_arrive(refs.q_empty)
@@ -296,13 +296,6 @@ def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(refs.q_empty)
     return done + visits.steps
-
-
-def _start(refs: Refs, work: Work) -> Softmax:
-    """No key yet, or as if there had been one: a sink, whose value is 0."""
-    if refs.sinks_gmem is None:
-        return softmax.start(64)
-    return softmax.start(64, refs.sinks_gmem[tma.batch_entry(refs.sinks_gmem, work.b), work.h], 1.0)
 
 
 class Rows(NamedTuple):
@@ -315,11 +308,6 @@ class Rows(NamedTuple):
     queries: query_rows.QueryRows
     visits: sparsity.Visits
     drop: Any  # the keys of dropout
-
-    def key_block(self, plan: Plan, refs: Refs, step, slot) -> query_rows.KeyBlock:
-        """The keys of a step, whose bias is on its way while the products are formed."""
-        at, size = self.visits.at(step), plan.tile.block_kv
-        return query_rows.key_block(refs, self.work, self.queries, slot, at, size, plan.interpret)
 
 
 class Carry(NamedTuple):
@@ -341,7 +329,8 @@ def _first(plan: Plan, refs: Refs, rows: Rows) -> Carry:
         return s_acc[...]
 
     s = pl.run_scoped(product, plgpu.ACC((64, t.block_kv), jnp.float32))
-    state, weights, _ = _softmax(plan, refs, rows, rows.key_block(plan, refs, 0, slot), rows.start, s)
+    keys = query_rows.key_block(refs, rows, 0, slot, t.block_kv, plan.interpret)
+    state, weights, _ = _softmax(plan, refs, rows, keys, rows.start, s)
     acc = plgpu.layout_cast(jnp.zeros((64, tiles.padded(p.Dv)), jnp.float32), WGMMA)
     return Carry(acc, weights, state)
 
@@ -361,7 +350,7 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
         running = tma.product(o_acc, carry.weights, refs.v_smem, v_slot)
         if plan.takes_turns:
             plan.turn.arrive(refs.turn, barriers.following(rows.wg, t.warpgroups))
-        keys = rows.key_block(plan, refs, step, k_slot)
+        keys = query_rows.key_block(refs, rows, step, k_slot, t.block_kv, plan.interpret)
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
         state, weights, fade = _softmax(plan, refs, rows, keys, carry.state, s)
         acc = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)

@@ -28,10 +28,8 @@ def attention_gradients(
     accumulator = None if zeros is None else _compat.accumulator(zeros)
     zeros = bias.zeros(p, plan.tile.block_q, plan.tile.block_kv)
     d_bias = None if zeros is None else _compat.accumulator(zeros)
-    if plan.tile.roles:
-        dk, dv = attention_backward_roles(p, a, d_out, lse2, delta, accumulator, d_bias, interpret=interpret)
-    else:
-        dk, dv = attention_backward.attention_backward(p, a, d_out, lse2, delta, accumulator, interpret=interpret)
+    backward = attention_backward_roles if plan.tile.roles else attention_backward.attention_backward
+    dk, dv = backward(p, a, d_out, lse2, delta, accumulator, d_bias, interpret=interpret)
     if accumulator is None:
         dq = attention_backward_q(p, a, d_out, lse2, delta, interpret=interpret)
     else:

@@ -43,11 +43,11 @@ def zeros(p: AttentionProblem, rows: int, columns: int) -> jax.Array | None:
     return jnp.zeros([n + tail for n, (_, tail) in zip(p.bias_shape, tails, strict=True)], jnp.float32)
 
 
-def staging(p: AttentionProblem, rows: int, columns: int, interpret: Interpret) -> dict[str, Any]:
+def staging(p: AttentionProblem, consumers: int, rows: int, columns: int, interpret: Interpret) -> dict[str, Any]:
     """Scratch of the interpreter, which cannot add from registers."""
     if interpret is None or zeros(p, rows, columns) is None:
         return {}
-    return {"d_bias_smem": plgpu.SMEM((rows if _has_rows(p) else 1, columns), jnp.float32)}
+    return {"d_bias_smem": plgpu.SMEM((consumers, rows if _has_rows(p) else 1, columns), jnp.float32)}
 
 
 def tile(gmem, b, h, query, key, shape: tuple[int, int], transposed: bool, interpret: Interpret):

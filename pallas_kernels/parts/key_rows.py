@@ -47,14 +47,15 @@ def order(features: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {"order_gmem": ranges.longest_first(visitors[..., 0], visitors[..., 1])}
 
 
-def scratch(p: AttentionProblem, stages: int, block: Block) -> dict[str, Any]:
+def scratch(p: AttentionProblem, stages: int, block: Block, interpret: _compat.Interpret = None) -> dict[str, Any]:
     found = {}
     if p.segments:
         found["kv_ids_smem"] = plgpu.SMEM((block.kv,), jnp.int32)
         found["q_ids_smem"] = plgpu.SMEM((stages, block.q), jnp.int32)
     if p.key_ranges:
         found["limits_smem"] = plgpu.SMEM((stages, 2, block.q), jnp.int32)
-    return {**found, **dropping.scratch(p, stages, block.q), **sparsity.scratch(p, stages, block.kv, block.q)}
+    found |= {**dropping.scratch(p, stages, block.q), **sparsity.scratch(p, stages, block.kv, block.q)}
+    return {**found, **bias.staging(p, block.kv // 64, block.q, 64, interpret)}
 
 
 def copies(p: AttentionProblem) -> tuple[int, int]:
@@ -222,6 +223,15 @@ def _hide_by_limits(refs, rows: KeyRows, step, slot, s) -> jax.Array:
         return jnp.where(key <= over_rows(last, s.shape), s, -jnp.inf)
 
     return lax.cond((work.block < full_lo) | (work.block >= full_hi), hide, lambda s: s, s)
+
+
+def add_to_bias(p: AttentionProblem, refs, rows: KeyRows, step, part, ds, interpret: _compat.Interpret) -> None:
+    """Adds dS^T [64, block_q] of a step to the gradient of the bias, if that is wanted. part: which consumer."""
+    if p.bias_gradient and refs.d_bias_gmem is not None:
+        head, block = rows.at(step)
+        staging = None if refs.d_bias_smem is None else refs.d_bias_smem.at[part]
+        at = rows.work.b, head, block * rows.block.q, rows.first
+        bias.add(p, refs.d_bias_gmem, staging, *at, ds, interpret)
 
 
 def over_rows(x: jax.Array, shape) -> jax.Array:

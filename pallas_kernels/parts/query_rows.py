@@ -20,6 +20,7 @@ from pallas_kernels.parts import bias, dropping, masking, ranges, scores, softma
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Work
 from pallas_kernels.parts.scores import Scores
+from pallas_kernels.parts.softmax import Softmax
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
 
 
@@ -103,6 +104,13 @@ def read(refs, work: Work, wg, first, keys: Range) -> QueryRows:
     return QueryRows(first, keys, slope, ids, limits)
 
 
+def start(refs, work: Work) -> Softmax:
+    """Of 64 rows before any key, or as if there had been one: a sink, whose value is 0."""
+    if refs.sinks_gmem is None:
+        return softmax.start(64)
+    return softmax.start(64, refs.sinks_gmem[tma.batch_entry(refs.sinks_gmem, work.b), work.h], 1.0)
+
+
 def key_ids(refs, slot):
     """The segment ids of a key block in registers, or None; a fence, for TMA refills their slot."""
     if refs.kv_ids_smem is None:
@@ -128,11 +136,11 @@ class KeyBlock(NamedTuple):
     bias: Any = None  # of its scores
 
 
-def key_block(refs, work: Work, rows: QueryRows, slot, at, block_kv: int, interpret: _compat.Interpret) -> KeyBlock:
-    """The keys `at` that block, with their bias on its way."""
-    block, whole = at
-    added = bias.tile(refs.bias_gmem, work.b, work.h, rows.first, block * block_kv, (64, block_kv), False, interpret)
-    return KeyBlock(slot, block, whole, added)
+def key_block(refs, rows, step, slot, block_kv: int, interpret: _compat.Interpret) -> KeyBlock:
+    """The keys of a step, their bias on its way. rows: those of a kernel, with their work, queries and visits."""
+    block, whole = rows.visits.at(step)
+    at = rows.work.b, rows.work.h, rows.queries.first, block * block_kv
+    return KeyBlock(slot, block, whole, bias.tile(refs.bias_gmem, *at, (64, block_kv), False, interpret))
 
 
 def from_slot(

@@ -102,6 +102,11 @@ UNPROVEN = {
     "bias_of_keys": (dict(B=2, Sq=700, Sk=900, H=4, Hk=2, D=64, bias=(2, 1, 1, 900)), dict(window=(90, 20))),
     "bias_of_keys_D256": (dict(B=2, Sq=500, H=2, D=256, bias=(1, 2, 1, 500)), {}),
     "bias_of_queries": (dict(B=2, Sq=700, H=2, D=64, bias=(1, 2, 700, 1), sinks=True), dict(causal=True)),
+    "bias_deterministic": (
+        dict(B=2, Sq=700, H=2, Hk=1, D=128, bias=(2, 2, 700, 700)),
+        dict(deterministic=True, softcap=5.0),
+    ),
+    "bias_of_keys_deterministic": (dict(Sq=700, H=2, D=64, bias=(1, 2, 1, 700)), dict(deterministic=True)),
     "bias_softcap": (dict(Sq=700, H=4, Hk=2, D=128, bias=(1, 4, 700, 700)), dict(softcap=3.0, **DROPOUT)),
     "bias_D256": (dict(B=2, Sq=500, H=4, Hk=2, D=256, bias=(1, 4, 500, 500)), dict(causal=True)),
     "bias_D192": (dict(B=2, Sq=517, H=2, D=192, Dv=128, bias=(2, 2, 517, 517)), {}),

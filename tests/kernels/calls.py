@@ -39,6 +39,8 @@ CALLS = {
     ),
     "D128_bias": (dict(D=128, bias=(1, 16, 2048, 2048)), dict(causal=True)),
     "D64_bias": (dict(D=64, S=1001, bias=(2, 16, 1001, 1001)), {}),
+    "D128_deterministic_bias": (dict(D=128, bias=(2, 16, 2048, 2048)), dict(causal=True, deterministic=True)),
+    "D64_deterministic_bias": (dict(D=64, bias=(2, 16, 1, 2048)), dict(deterministic=True)),
     "D192_bias_softcap": (dict(D=192, bias=(1, 1, 2048, 2048)), dict(causal=True, softcap=20.0)),
     "D256_bias": (dict(D=256, bias=(2, 1, 1, 2048)), {}),
     "D192_bias": (dict(D=192, Dv=128, bias=(1, 1, 2048, 2048)), dict(causal=True)),

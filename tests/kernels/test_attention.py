@@ -74,6 +74,10 @@ CASES = {
     "bias_of_each_D64": (dict(B=2, Sq=128, H=1, D=64, bias=(2, 1, 128, 128)), {}),
     "bias_of_keys": (dict(B=2, Sq=150, Sk=130, H=2, Hk=1, D=64, bias=(2, 1, 1, 130)), dict(window=(90, 20))),
     "bias_of_queries": (dict(B=2, Sq=130, Sk=70, H=2, D=64, bias=(1, 2, 130, 1), sinks=True), dict(causal=True)),
+    "bias_deterministic": (
+        dict(B=2, Sq=130, Sk=100, H=2, Hk=1, D=64, bias=(2, 2, 130, 100)),
+        dict(deterministic=True, softcap=5.0),
+    ),
     "bias_softcap": (dict(Sq=128, H=2, Hk=1, D=128, bias=(1, 2, 128, 128)), dict(causal=True, softcap=3.0, **DROPOUT)),
     "bias_D256": (dict(B=2, Sq=128, H=1, D=256, bias=(1, 1, 128, 128)), dict(mask=blocks(2, 1, 128, 128))),
     "segments_in_order": (
@@ -85,7 +89,15 @@ OLD = jax.__version_info__ < (0, 11)
 RUN = {"full", "grouped_D64"} if OLD else CASES
 # Of these the others show most.
 SLOW = {"dropout", "dropout_D256", "dropout_deterministic", "mask", "mask_D64", "mask_of_keys", "mask_of_queries"}
-SLOW |= {"bias_softcap", "bias_of_each_D64", "bias_of_keys", "bias_of_queries", "bias_D256", "segments_in_order"}
+SLOW |= {
+    "bias_softcap",
+    "bias_deterministic",
+    "bias_of_each_D64",
+    "bias_of_keys",
+    "bias_of_queries",
+    "bias_D256",
+    "segments_in_order",
+}
 
 
 def case(name: str):
