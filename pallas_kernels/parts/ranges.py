@@ -54,13 +54,16 @@ def query_blocks(p: AttentionProblem, first: jax.Array, columns: int, block: int
 
 
 def limited(p: AttentionProblem, position: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array:
-    """[N, 3, S] for queries at `position` [N, S] whose sequence is the keys [first, end), within p's window."""
+    """[N, 3, S] for queries at `position` [N, S] whose sequence is the keys [first, end), within p's window.
+
+    The last key of one that sees nothing is -1.
+    """
     position, first, last = jnp.broadcast_arrays(position, first, end - 1)
     if p.left is not None:
         first = jnp.maximum(first, position - p.left)
     if p.right is not None:
         last = jnp.minimum(last, position + p.right)
-    return jnp.stack([first, last, position], axis=1).astype(jnp.int32)
+    return jnp.stack([first, jnp.where(first <= last, last, -1), position], axis=1).astype(jnp.int32)
 
 
 def of_cache(p: AttentionProblem, a: CacheArrays) -> jax.Array:

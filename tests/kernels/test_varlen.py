@@ -1,5 +1,6 @@
 """Packed sequences in the Hopper kernels, in the interpreter: each query row has its own range of keys."""
 
+import dataclasses
 import functools
 from unittest import mock
 
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflash import flash_attention_varlen
-from pallas_kernels.parts import schedule
+from jflash import _key_ranges, flash_attention_varlen
+from jflash._arguments import bind
+from pallas_kernels.hopper import attention_forward
+from pallas_kernels.parts import ranges, schedule
 from tests.kernels.interpreted import hopper_on_the_cpu
 from tests.kernels.test_attention import OLD
 from tests.masks import blocks
@@ -56,6 +59,51 @@ def _assert_matches_oracle(name):
 
     with hopper_on_the_cpu():
         assert_follows(ours, oracle, arrays)
+
+
+def tables(q_lengths, k_lengths, tokens, D=128, H=1, **options):
+    """The problem, and for each query its first and last key."""
+    shapes = [jax.ShapeDtypeStruct((1, n, H, D), jnp.bfloat16) for n in (tokens, tokens, tokens)]
+    problem, _ = bind(*shapes, target="sm_90", **options)
+    found, _ = _key_ranges.packed(problem, cu_seqlens(*q_lengths), cu_seqlens(*k_lengths))
+    return dataclasses.replace(problem, left=None, right=None, key_ranges=True), found
+
+
+@pytest.mark.parametrize("options", [{}, dict(causal=True), dict(window=(40, 20))], ids=str)
+def test_tiles_visit_what_some_query_sees(options):
+    """All of it and, outside of the first and the last such block, nothing; what is whole needs no mask."""
+    q_lengths, k_lengths, rows, block = (100, 0, 60, 300, 5), (90, 30, 61, 200, 200), 64, 128
+    problem, found = tables(q_lengths, k_lengths, 700, **options)
+    first, last = np.asarray(found[0, :2])
+    key = np.arange(700)
+    seen = (first[:, None] <= key) & (key <= last[:, None])
+    visits = ranges.table(found, rows, block, problem.Sk)
+    visitors = np.asarray(ranges.visitors(visits, 6))[0]
+    for n, (lo, full_lo, full_hi, hi) in enumerate(np.asarray(visits)[0]):
+        of_rows = np.pad(seen[n * rows : (n + 1) * rows], ((0, 0), (0, 68)))
+        by_block = of_rows.reshape(len(of_rows), 6, block)
+        visited = np.flatnonzero(by_block.any(axis=(0, 2)))
+        assert ((lo <= visited) & (visited < hi)).all()
+        assert hi - lo <= (visited.max() + 1 - visited.min() if visited.size else 0)
+        assert by_block[:, full_lo:full_hi].all()
+        assert all(low <= n < high for low, high in visitors[lo:hi])
+    assert (visits[0, -2:, 0] == visits[0, -2:, 3]).all()  # behind the last sequence
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_persistent_ctas_are_busy(causal):
+    """Tiles of 16k tokens in sequences of very different lengths, each dealt once, and to all CTAs about as much."""
+    lengths = np.diff([0, 911, 4879, 6137, 7683, 9203, 12185, 14519, 16384])
+    problem, found = tables(lengths, lengths, 16384, H=16, causal=causal)
+    plan = attention_forward.make_plan(problem)
+    visits = ranges.table(found, plan.tile.rows, plan.tile.block_kv, problem.Sk)
+    steps = np.sort(np.asarray(visits[0, :, 3] - visits[0, :, 0]))[::-1]
+    dealt = [[plan.schedule.work(jnp.int32(n)) for n in cta if n >= 0] for cta in plan.table]
+    assert sorted((int(x.h), int(x.block)) for cta in dealt for x in cta) == [
+        (h, n) for h in range(16) for n in range(128)
+    ]
+    busy = np.array([sum(1 + steps[int(x.block)] for x in cta) for cta in dealt])
+    assert busy.mean() >= 0.95 * busy.max()
 
 
 BEHIND = {"D64": ((20, 30), (30, 60), 64), "D128": ((90,), (128,), 128)}

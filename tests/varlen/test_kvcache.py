@@ -197,6 +197,8 @@ def test_one_length_for_all():
     q, (k_cache, v_cache) = queries(20), cache(21, [25] * B)
     out = flash_attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=25)[0]
     assert jnp.array_equal(out, flash_attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=np.full(B, 25))[0])
+    hinted = flash_attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=25, num_splits=3)[0]
+    np.testing.assert_allclose(out, hinted, atol=1e-6)
     full = cache(21, [SC] * B)
     default = flash_attention_with_kvcache(q, *full)[0]
     np.testing.assert_allclose(default, flash_attention(q, *full), atol=1e-5)
