@@ -7,6 +7,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from jflash import backends, flash_attention, flash_attention_varlen
 from pallas_kernels import _compat, hopper, unproven
@@ -65,6 +66,16 @@ CALLS = {
     "D64_packed": (dict(B=1, D=64, S=1001), dict(window=(100, 0), sequences=3)),
     "float16": (dict(D=128, dtype=jnp.float16), dict(causal=True)),
 }
+
+
+# What the others show too.
+SLOW = {"D128_mask", "D64_dropout", "D256_dropout", "D256_bias", "D192_bias", "D192_bias_softcap", "D64_bias"}
+SLOW |= {"D128_deterministic_bias"}
+
+
+def cases() -> list:
+    """The names of the calls, for pytest."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CALLS]
 
 
 def shapes(*, B=2, S=2048, H=16, Hk=None, D, Dv=None, sinks=False, bias=None, dtype=jnp.bfloat16):

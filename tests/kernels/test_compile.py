@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import hopper, tiles
 from tests.kernels import planted
-from tests.kernels.calls import CALLS, forward_and_backward, on_hopper, shapes
+from tests.kernels.calls import CALLS, cases, forward_and_backward, on_hopper, shapes
 from tests.kernels.h100 import Kernel, compile_for_h100
 
 pytestmark = pytest.mark.compile
@@ -66,7 +66,7 @@ def complaints(shape: dict, options: dict, kernels: dict[str, Kernel], more_spil
     return found
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", cases())
 def test_ptxas_has_no_complaint(name):
     shape, options = CALLS[name]
     assert complaints(shape, options, compiled(shape, options), MORE_SPILLS.get(name, 0)) == []

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.kernels.calls import CALLS, forward_and_backward, on_hopper, shapes
+from tests.kernels.calls import CALLS, cases, forward_and_backward, on_hopper, shapes
 
 
 def lowered(function, *arguments) -> str:
@@ -12,7 +12,7 @@ def lowered(function, *arguments) -> str:
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", cases())
 def test_lowers(name):
     shape, options = CALLS[name]
     text = lowered(forward_and_backward(options), *shapes(**shape))

@@ -33,7 +33,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "mask_and_bias" else name for name in CASES]
+)
 def test_matches_oracle(name):
     _assert_matches_oracle(name)
 
