@@ -56,7 +56,7 @@ endif
 
 test-compile: .venv-compile/ready
 	@echo "== the kernels, compiled for an H100"
-	JAX_PLATFORMS=cpu .venv-compile/bin/python $(PYTEST) -m compile tests/kernels
+	JAX_PLATFORMS=cpu .venv-compile/bin/python $(PYTEST) -m "compile and not slow" tests/kernels
 
 lint: .venv/ready
 	.venv/bin/ruff check .
