@@ -27,10 +27,7 @@ def forward(p: LinearProblem, a: LinearArrays, *, interpret: _compat.Interpret =
     """out in the input dtype; norm and the state in float32. Packed calls have no state."""
     if p.sequences is None:
         return _forward(p, a, interpret)
-    found = _forward(*packed.cleaned(p, a), interpret)
-    out, norm = (None if x is None else x[:, : p.Sq] for x in (found.out, found.norm))
-    assert out is not None
-    return LinearResults(out, norm)
+    return _forward(p, packed.cleaned(p, a), interpret)._replace(kv=None, z=None)
 
 
 def backward(
@@ -39,9 +36,7 @@ def backward(
     """Gradients of q, k, v, log_decay, kv and z, from the cotangents of out and of the final state."""
     if p.sequences is None:
         return _backward(p, a, out, norm, d_out, d_kv, d_z, interpret)
-    out, norm, d_out = (None if x is None else packed.inside(p, a, x) for x in (out, norm, d_out))
-    found = _backward(*packed.cleaned(p, a), out, norm, d_out, None, None, interpret)
-    return jax.tree.map(lambda x: x[:, : p.Sq], found)
+    return _backward(p, packed.cleaned(p, a), out, norm, packed.inside(p, a, d_out), None, None, interpret)
 
 
 def _forward(p: LinearProblem, a: LinearArrays, interpret: _compat.Interpret) -> LinearResults:

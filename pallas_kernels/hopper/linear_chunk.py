@@ -20,9 +20,10 @@ BLOCK = (CHUNK, 64)
 
 
 class Work(NamedTuple):
-    """A CTA's: batch entry, head, and the first column of v for each consumer."""
+    """A CTA's: batch entry, segment of time, head, and the first column of v for each consumer."""
 
     b: jax.Array
+    segment: jax.Array | int
     h: jax.Array
     columns: list[jax.Array]
 
@@ -37,26 +38,25 @@ def initial(plan: Plan, refs: Refs, work: Work, column) -> tuple[jax.Array, ...]
     def block(gmem, entry, n):
         return _compat.load(gmem.at[entry, work.h, pl.ds(n * 64, 64), pl.ds(column, 64)], WGMMA, optimized=False)
 
-    row, segment = lax.div(work.b, jnp.int32(plan.segments)), lax.rem(work.b, jnp.int32(plan.segments))
     if refs.initial_gmem is None:
         zeros = plgpu.layout_cast(jnp.zeros(BLOCK, jnp.float32), WGMMA)
         state = (zeros,) * plan.blocks
     else:
-        state = tuple(block(refs.initial_gmem, row, n) for n in range(plan.blocks))
+        state = tuple(block(refs.initial_gmem, work.b, n) for n in range(plan.blocks))
     if refs.own_gmem is None:
         return state
 
     def carry(i, state):
-        entry = row * plan.segments + (plan.segments - 1 - i if plan.scan.later else i)
+        entry = work.b * plan.segments + (plan.segments - 1 - i if plan.scan.later else i)
         total = 1.0 if refs.totals_gmem is None else refs.totals_gmem[entry, work.h]
         return tuple(total * old + block(refs.own_gmem, entry, n) for n, old in enumerate(state))
 
-    return lax.fori_loop(0, plan.segments - 1 - segment if plan.scan.later else segment, carry, state)
+    return lax.fori_loop(0, plan.segments - 1 - work.segment if plan.scan.later else work.segment, carry, state)
 
 
 def output_step(plan: Plan, refs: Refs, work: Work, wg, column, step, state):
     """One chunk: its output, and the state behind it."""
-    t, chunk = plan.tile, plan.chunk(step)
+    t, chunk = plan.tile, plan.chunk(work.segment, step)
     slot, mine = lax.rem(step, t.stages), lax.rem(step, t.stages) * t.warpgroups + wg
     meeting = _meeting(refs, wg, state) if plan.opposed else None
     for n, block in enumerate(state):
@@ -69,8 +69,8 @@ def output_step(plan: Plan, refs: Refs, work: Work, wg, column, step, state):
     weights, far = _query_products(plan, refs, wg, slot, decays)
     if plan.opposed:
         plgpu.commit_smem()  # until all four warps are through with the state
-        following = plan.chunk(step + 1)
-        pl.when(step + 1 < plan.scan.chunks)(lambda: load_opposite(plan, refs, work, wg, column, following))
+        last = step + 1 == plan.count(work.segment)
+        pl.when(jnp.logical_not(last))(lambda: load_opposite(plan, refs, work, wg, column, step + 1))
     through_state = _dot(refs, mine, far) * plan.scan.scale if plan.partnered else None
     out = _value_product(plan, refs, mine, weights, far)
     state = _state_behind(plan, refs, mine, slot, decays, state)
@@ -108,9 +108,9 @@ def state_step(plan: Plan, refs: Refs, wg, step, carry):
     return past, state
 
 
-def load_opposite(plan: Plan, refs: Refs, work: Work, wg, column, chunk) -> None:
-    """Starts filling the state's shared memory with that of the opposite pass at a chunk."""
-    source = _columns(plan, refs.opposite_gmem, work, chunk, column)
+def load_opposite(plan: Plan, refs: Refs, work: Work, wg, column, step) -> None:
+    """Starts filling the state's shared memory with that of the opposite pass at the chunk of a step."""
+    source = _columns(plan, refs.opposite_gmem, work, plan.chunk(work.segment, step), column)
     plgpu.copy_gmem_to_smem(source, refs.state_smem.copied.at[wg, 0], refs.opposite_full.at[wg])
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from pallas_kernels import _compat
 from pallas_kernels.hopper.linear_gradients import shared
 from pallas_kernels.hopper.linear_plan import Scan
-from pallas_kernels.hopper.linear_scan import Entering
-from pallas_kernels.hopper.linear_split import linear_scan_split, segments, states_of_all
+from pallas_kernels.hopper.linear_scan import Entering, linear_scan
+from pallas_kernels.hopper.linear_split import segments, states_of_all
 from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem, LinearResults
 
 
@@ -47,7 +47,7 @@ def _read(p: LinearProblem, q: jax.Array, state: jax.Array, interpret: _compat.I
     scan = _scan(p, S, D, state.shape[3])
     nothing = (jnp.zeros((B, S, 1, n), q.dtype) for n in (D, state.shape[3]))
     entering = Entering(segments(scan), state)
-    return linear_scan_split(scan, q, *nothing, entering=entering, interpret=interpret).out
+    return linear_scan(scan, q, *nothing, entering=entering, interpret=interpret).out
 
 
 def _scan(p: LinearProblem, S: int, D: int, Dv: int) -> Scan:

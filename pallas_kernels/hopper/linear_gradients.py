@@ -24,8 +24,8 @@ from jax import lax
 
 from pallas_kernels import _compat
 from pallas_kernels.hopper.linear_plan import Scan
-from pallas_kernels.hopper.linear_scan import ScanResults
-from pallas_kernels.hopper.linear_split import entering_states, joined, linear_scan_split, segments
+from pallas_kernels.hopper.linear_scan import ScanResults, linear_scan
+from pallas_kernels.hopper.linear_split import entering_states, segments
 from pallas_kernels.parts import decay
 from pallas_kernels.parts.decay import CHUNK
 from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem, LinearResults
@@ -40,7 +40,7 @@ def linear_forward(
     """out [B, S, H, Dv] in the input dtype and kv [B, H, D, Dv] in float32."""
     scan = scan_of(p, diagonal)
     entering = entering_states(scan, segments(scan), a.k, a.v, a.log_decay, a.kv, interpret=interpret)
-    found = linear_scan_split(scan, a.q, a.k, a.v, a.log_decay, entering, interpret=interpret)
+    found = linear_scan(scan, a.q, a.k, a.v, a.log_decay, entering, interpret=interpret)
     return LinearResults(found.out, kv=found.final)
 
 
@@ -52,9 +52,8 @@ def linear_gradients(
     swapped = dataclasses.replace(straight, D=p.Dv, Dv=p.D)
     adjoint = functools.partial(dataclasses.replace, later=p.before, adjoint=True)
     partners = (a.q, a.k) if p.decay_gradient else (None, None)
-    scan = functools.partial(linear_scan_split, interpret=interpret)
-    n = segments(straight)
-    entering = functools.partial(entering_states, n=n, log_decay=a.log_decay, interpret=interpret)
+    scan = functools.partial(linear_scan, interpret=interpret)
+    entering = functools.partial(entering_states, n=segments(straight), log_decay=a.log_decay, interpret=interpret)
     # What enters an adjoint pass leaves it times scale.
     d_end = None if d_kv is None else d_kv / p.scale
     states = entering(swapped, k=a.v, v=a.k, initial=_transposed(a.kv))
@@ -68,7 +67,7 @@ def linear_gradients(
         q=shared(dq.out, a.q),
         k=shared(dk.out, a.k),
         v=shared(dv.out, a.v),
-        log_decay=_decay_gradient(p, a.log_decay, dq, dk, n) if p.decay_gradient else None,
+        log_decay=_decay_gradient(p, a.log_decay, dq, dk) if p.decay_gradient else None,
         kv=dv.final * p.scale if p.initial_state else None,
     )
 
@@ -95,7 +94,7 @@ def _transposed(state: jax.Array | None) -> jax.Array | None:
     return None if state is None else jnp.swapaxes(state, 2, 3)
 
 
-def _decay_gradient(p: LinearProblem, log_decay, of_q: ScanResults, of_k: ScanResults, n: int) -> jax.Array:
+def _decay_gradient(p: LinearProblem, log_decay, of_q: ScanResults, of_k: ScanResults) -> jax.Array:
     """The gradient of log_decay, in its shape and dtype."""
     sums = decay.sums(log_decay, p.Sq, suffix=p.after)
     total = sums.reshape(*sums.shape[:2], -1, CHUNK)[..., 0 if p.after else -1]
@@ -106,7 +105,7 @@ def _decay_gradient(p: LinearProblem, log_decay, of_q: ScanResults, of_k: ScanRe
         assert of_q.states is not None
         assert of_k.states is not None
         states = of_q.states.astype(jnp.float32) * of_k.states.astype(jnp.float32)
-        products = joined(states.sum(axis=(-2, -1))[None, ..., None], n)
+        products = [states.sum(axis=-1)]
     spanning = p.scale * jnp.exp2(total) * products[0].sum(axis=-1)
     within = lax.cumsum(of_q.dots[0] - dots, axis=3, reverse=p.before)
     dg = within + (through_state.sum(axis=-1) + spanning)[..., None]

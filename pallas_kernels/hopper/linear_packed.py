@@ -10,24 +10,22 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.parts.decay import CHUNK
 from pallas_kernels.problem import LinearArrays, LinearProblem
 
 
-def cleaned(p: LinearProblem, a: LinearArrays) -> tuple[LinearProblem, LinearArrays]:
-    """The call without what lies behind the last sequence, of a length that can be cut into segments of time."""
+def cleaned(p: LinearProblem, a: LinearArrays) -> LinearArrays:
+    """The arrays with zeros behind the last sequence."""
     arrays = a._replace(**{name: inside(p, a, getattr(a, name)) for name in ("q", "k", "v")})
     if p.decay == "token":
         arrays = arrays._replace(log_decay=inside(p, a, a.log_decay))
-    return dataclasses.replace(p, Sq=_length(p.Sq), Sk=_length(p.Sq)), arrays
+    return arrays
 
 
 def inside(p: LinearProblem, a: LinearArrays, x: jax.Array) -> jax.Array:
-    """x [1, S, ...] with zeros behind the last sequence, padded to the length of the cleaned call."""
+    """x [1, S, ...] with zeros behind the last sequence."""
     assert a.cu_seqlens is not None
     token = jnp.arange(p.Sq).reshape(-1, *(1,) * (x.ndim - 2))
-    x = jnp.where(token < a.cu_seqlens[-1], x, 0)
-    return jnp.pad(x, ((0, 0), (0, _length(p.Sq) - p.Sq), *((0, 0),) * (x.ndim - 2)))
+    return jnp.where(token < a.cu_seqlens[-1], x, 0)
 
 
 def forgetting(p: LinearProblem, a: LinearArrays) -> tuple[LinearProblem, LinearArrays, jax.Array | None]:
@@ -39,9 +37,3 @@ def forgetting(p: LinearProblem, a: LinearArrays) -> tuple[LinearProblem, Linear
     g = jnp.zeros((1, 1, p.H)) if a.log_decay is None else a.log_decay.astype(jnp.float32)
     arrays = a._replace(log_decay=jnp.where(forget, -jnp.inf, g), cu_seqlens=None)
     return dataclasses.replace(p, decay="token", sequences=None), arrays, forget
-
-
-def _length(tokens: int) -> int:
-    """Whole chunks, of a long row so many that up to 8 segments of time share them alike."""
-    multiple = CHUNK * min(8, max(1, tokens // (16 * CHUNK)))
-    return -(-tokens // multiple) * multiple

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, linear_tiles, tiles
@@ -50,7 +49,7 @@ class Scan:
 class Plan:
     """Everything static about one launch.
 
-    Batch entries are segments of time, so many in a row. Those that are walked last may be left out.
+    Time is cut into segments, which CTAs walk side by side. Those that come last in the walk may be left out.
     """
 
     scan: Scan
@@ -58,13 +57,13 @@ class Plan:
     interpret: _compat.Interpret
     segments: int = 1
     walked: int = 1  # of so many
-    states: bool = False  # only the states behind the entries, without q and out
+    states: bool = False  # only the states behind the segments, without q and out
     partnered: bool = False
     opposed: bool = False
 
     @property
     def ctas(self) -> int:
-        return self.scan.B // self.segments * self.walked * self.scan.H * self.slices
+        return self.scan.B * self.walked * self.scan.H * self.slices
 
     @property
     def blocks(self) -> int:
@@ -81,15 +80,21 @@ class Plan:
         """Kinds of numbers a token that the gradient of a decay needs."""
         return 2 * self.partnered + self.opposed
 
-    def entry(self, n):
-        """The n-th batch entry that is walked."""
-        if self.walked == self.segments:
-            return n
-        return n + lax.div(n, jnp.int32(self.walked)) + int(self.scan.later)
+    @property
+    def length(self) -> int:
+        """Chunks of a segment; the last may have fewer."""
+        return -(-self.scan.chunks // self.segments)
 
-    def chunk(self, step):
+    def count(self, segment):
+        """Chunks of that segment."""
+        if self.scan.chunks % self.segments == 0:
+            return self.length
+        return jnp.minimum(self.length, self.scan.chunks - segment * self.length)
+
+    def chunk(self, segment, step):
         """The chunk of a step. States are found from the far end: what is read last is read first by what follows."""
-        return self.scan.chunks - 1 - step if self.scan.later != self.states else step
+        descends = self.scan.later != self.states
+        return segment * self.length + (self.count(segment) - 1 - step if descends else step)
 
     def tile_type(self, count: int, rows: int, columns: int) -> tma.TileType:
         return tma.TileType(count, rows, columns, jnp.dtype(self.scan.dtype), True, self.interpret)
@@ -135,7 +140,7 @@ def outputs(plan: Plan, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStru
     """What a launch writes, of v with so many rows and columns."""
     scan, array = plan.scan, jax.ShapeDtypeStruct
     dtype, state = jnp.dtype(scan.dtype), (tiles.padded(scan.D), tiles.padded(scan.Dv))
-    found = {"final_gmem": array((scan.B, scan.H, *state), jnp.float32)}
+    found = {"final_gmem": array((scan.B * plan.segments, scan.H, *state), jnp.float32)}
     if not plan.states:
         found["out_gmem"] = array((scan.B, rows, scan.H, columns), dtype)
     if plan.partnered:

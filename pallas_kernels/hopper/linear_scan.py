@@ -11,8 +11,8 @@ memory, since wgmma reads its right operand there. Consumers share the loads of 
 forms the weights q k^T again, which costs tensor time that a kernel bound by memory has. One warp of the last
 warpgroup loads. What leaves a token's v with leave_j is v itself, in place, after its last use.
 
-Batch entries may be segments of time. What enters one is then summed up by its CTA, from the states that a
-pass over k and v alone has left behind the segments.
+Time may be cut into segments. What enters one is then summed up by its CTA, from the states that a pass over k
+and v alone has left behind the segments.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Entering(NamedTuple):
 
     segments: int = 1  # in which the tokens of a batch entry are cut
     initial: jax.Array | None = None  # float32 [B, H, D, Dv]: S before the first; None for zeros
-    own: jax.Array | None = None  # float32 [B segments, H, D, Dv]: S behind each, from zeros
+    own: jax.Array | None = None  # float32 [B segments, H, D, Dv]: S behind each, from zeros; None with one segment
     totals: jax.Array | None = None  # float32 [B segments, H]: the decay through each; None for none
 
 
@@ -82,6 +82,7 @@ def linear_scan(
     inputs |= {name: x for name, x in rest.items() if x is not None}
     found = _launch(plan, inputs, outputs(plan, q.shape[1], v.shape[3]))
     out, final = found["out_gmem"][:, : scan.S, :, : scan.Dv], found["final_gmem"][:, :, : scan.D, : scan.Dv]
+    final = final.reshape(scan.B, n, *final.shape[1:])[:, 0 if scan.later else -1]
     if partner is None:
         return ScanResults(out, final)
     dots = jnp.moveaxis(found["dots_gmem"].sum(axis=2), 2, 0).reshape(plan.dots, scan.B, scan.H, scan.chunks, CHUNK)
@@ -91,9 +92,9 @@ def linear_scan(
 def linear_states(
     scan: Scan, segments: int, walked: int, k, v, log_decay=None, *, interpret: _compat.Interpret = None
 ) -> jax.Array:
-    """S behind each batch entry of a pass that starts from zeros, float32 [B, H, D, Dv]: k and v read once.
+    """S behind each segment of a pass that starts from zeros, float32 [B segments, H, D, Dv]: k and v read once.
 
-    Entries are segments of time, so many in a row; behind those that are not walked there is only garbage.
+    Behind those that come last and are not walked there is only garbage.
     """
     plan = make_plan(scan, interpret, segments=segments, walked=walked, states=True)
     inputs = {"k_gmem": tma.fit(k, CHUNK), "v_gmem": tma.fit(v, CHUNK)}
@@ -122,8 +123,12 @@ def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     refs = Refs(**dict(zip(names, gmem, strict=True)), **{**scratch, **views})
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     part, index = lax.rem(cta, plan.slices), lax.div(cta, plan.slices)
+    h, entry = lax.rem(index, plan.scan.H), lax.div(index, plan.scan.H)
+    b, segment = (entry, 0) if plan.segments == 1 else (lax.div(entry, plan.walked), lax.rem(entry, plan.walked))
+    if plan.walked != plan.segments and plan.scan.later:
+        segment = segment + 1
     columns = [(part * plan.tile.warpgroups + w) * 64 for w in range(plan.tile.warpgroups)]
-    work = Work(plan.entry(lax.div(index, plan.scan.H)), lax.rem(index, plan.scan.H), columns)
+    work = Work(b, segment, h, columns)
     consume = functools.partial(_consumer, plan, refs, work, wg)
     produce = functools.partial(_producer, plan, refs, work)
     lax.cond(wg < plan.tile.warpgroups, consume, produce)
@@ -138,7 +143,7 @@ def _loader(plan: Plan, refs: Refs, work: Work) -> None:
     t = plan.tile
 
     def load(step, _):
-        slot, row = lax.rem(step, t.stages), plan.chunk(step) * CHUNK
+        slot, row = lax.rem(step, t.stages), plan.chunk(work.segment, step) * CHUNK
         full = refs.full.at[slot]
         pl.when(step >= t.stages)(lambda: plgpu.barrier_wait(refs.empty.at[slot]))
         for smem, gmem in ((refs.q_smem, refs.q_gmem), (refs.k_smem, refs.k_gmem)):
@@ -155,7 +160,7 @@ def _loader(plan: Plan, refs: Refs, work: Work) -> None:
             source = refs.sums_gmem.at[tma.batch_entry(refs.sums_gmem, work.b), work.h, pl.ds(row, CHUNK)]
             plgpu.copy_gmem_to_smem(source, refs.sums_smem.at[slot], full)
 
-    lax.fori_loop(0, plan.scan.chunks, load, None)
+    lax.fori_loop(0, plan.count(work.segment), load, None)
 
 
 def _consumer(plan: Plan, refs: Refs, work: Work, wg) -> None:
@@ -164,13 +169,14 @@ def _consumer(plan: Plan, refs: Refs, work: Work, wg) -> None:
     if plan.states:
         start = jnp.float32(0), linear_chunk.initial(plan, refs, work, column)
         step = functools.partial(linear_chunk.state_step, plan, refs, wg)
-        _, state = lax.fori_loop(0, plan.scan.chunks, step, start)
+        _, state = lax.fori_loop(0, plan.count(work.segment), step, start)
     else:
         if plan.opposed:
-            linear_chunk.load_opposite(plan, refs, work, wg, column, plan.chunk(0))
+            linear_chunk.load_opposite(plan, refs, work, wg, column, 0)
         start = linear_chunk.initial(plan, refs, work, column)
         step = functools.partial(linear_chunk.output_step, plan, refs, work, wg, column)
-        state = lax.fori_loop(0, plan.scan.chunks, step, start)
+        state = lax.fori_loop(0, plan.count(work.segment), step, start)
     for n, block in enumerate(state):
-        refs.final_gmem[work.b, work.h, pl.ds(n * 64, 64), pl.ds(column, 64)] = block
+        entry = work.b * plan.segments + work.segment
+        refs.final_gmem[entry, work.h, pl.ds(n * 64, 64), pl.ds(column, 64)] = block
     plgpu.wait_smem_to_gmem(0)
