@@ -76,6 +76,7 @@ BACKWARD_WITH_BIAS = {  # not measured yet
 DETERMINISTIC_WITH_BIAS = {  # not measured yet
     **BACKWARD,
     64: BackwardTile(block_q=64),
+    128: dataclasses.replace(BACKWARD[128], spill_bytes=72),
 }
 
 

@@ -244,10 +244,10 @@ def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, step, slot, s_acc):
     """
     p = plan.problem
     tma.transposed_product(s_acc, refs.k_smem, 0, refs.q_smem, slot)
-    visit = walk.visit(step)
+    ahead = key_rows.ahead(p, refs, work, walk, plan.block, 0, step, plan.interpret)
     lse2 = _compat.load(refs.lse_smem.at[slot], masking.COLUMNS)
     products = plgpu.wgmma_accumulator_load(s_acc, wait_n=0)  # and dV of the step before is done
-    rows = KeyRows(work, walk, plan.block, 0, visit)
+    rows = KeyRows(work, walk, plan.block, 0, *ahead)
     s, factor, slope = key_rows.scored(p, refs, rows, step, slot, products, plan.interpret)
     drop = dropping.read(refs, slot, masking.COLUMNS)
     barriers.fence(plan.interpret)  # the statistics have been read, and TMA refills their slot

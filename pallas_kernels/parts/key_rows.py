@@ -132,7 +132,8 @@ class KeyRows(NamedTuple):
     walk: Walk
     block: Block
     offset: Any
-    visit: Any = None  # that of the walk's step, read ahead of its use
+    visit: Any = None  # this and the next are of a step, read `ahead`
+    bias: Any = None
 
     @property
     def first(self):
@@ -142,6 +143,17 @@ class KeyRows(NamedTuple):
     def at(self, step) -> tuple[jax.Array, jax.Array]:
         """Query head and query block of the step."""
         return self.walk.at(step) if self.visit is None else self.visit[:2]
+
+
+def ahead(p: AttentionProblem, refs, work: Work, walk: Walk, block: Block, part, step, interpret: _compat.Interpret):
+    """What a step reads from global memory, on its way while products are formed: its visit and its bias, or None."""
+    visit = walk.visit(step)
+    if p.bias_shape is None:
+        return visit, None
+    rows = KeyRows(work, walk, block, part * 64, visit)
+    head, number = rows.at(step)
+    at = work.b, head, number * block.q, rows.first
+    return visit, bias.tile(refs.bias_gmem, *at, (64, block.q), True, interpret)
 
 
 def scored(p: AttentionProblem, refs, rows: KeyRows, step, slot, products, interpret: _compat.Interpret) -> Scores:
@@ -177,11 +189,7 @@ def _modify(p: AttentionProblem, refs, rows: KeyRows, step, products, interpret:
     if refs.slopes_gmem is not None:
         slope = refs.slopes_gmem[tma.batch_entry(refs.slopes_gmem, rows.work.b), head]
     apart = rows.work.block * rows.block.kv + rows.offset - (block * rows.block.q + p.offset)
-    added = None
-    if p.bias_shape is not None:
-        at = rows.work.b, head, block * rows.block.q, rows.first
-        added = bias.tile(refs.bias_gmem, *at, products.shape, True, interpret)
-    return scores.modify(p, products, slope, apart, interpret, added)
+    return scores.modify(p, products, slope, apart, interpret, rows.bias)
 
 
 def _hide(p: AttentionProblem, rows: KeyRows, step, s, interpret: _compat.Interpret) -> jax.Array:
