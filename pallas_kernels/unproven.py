@@ -3,4 +3,4 @@
 A name goes when its tests in tests/gpu have passed; those tests, and the ones on the CPU, empty the set.
 """
 
-FEATURES = {"dropout", "mask", "segment skipping", "bias"}
+FEATURES = {"dropout", "mask", "segment skipping", "bias", "row ends"}

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import pytest
 
 from jflash import flash_attention_with_kvcache
-from pallas_kernels.hopper import cache, decode
+from pallas_kernels.hopper import decode
 from tests.kernels import interpreter
 from tests.kernels.calls import on_hopper
 from tests.kernels.test_attention import OLD
 from tests.varlen.caches import assert_decodes
 
-SLOPES = jnp.array([0.5, 0.1, 0.02, 0.004])
 CASES = {
     "one_query": dict(lengths=(300, 70), H=4, Hk=2, D=128),
     "causal": dict(lengths=(330,), Sq=3, H=4, Hk=1, D=64, causal=True),
@@ -24,8 +23,6 @@ CASES = {
     "leftpad": dict(lengths=(250, 80), leftpad=(100, 80), Sq=2, H=2, Hk=1, D=64, causal=True),
     "window": dict(lengths=(400,), Sq=2, H=2, Hk=1, D=64, window=(100, 0), softcap=3.0),
     "sinks": dict(lengths=(150, 0), H=4, Hk=2, D=64, sinks=True),
-    "alibi": dict(lengths=(150, 70), leftpad=(20, 0), Sq=3, H=4, Hk=2, D=64, causal=True, alibi_slopes=SLOPES),
-    "alibi_softcap": dict(lengths=(150, 70), H=4, Hk=2, D=64, softcap=3.0, alibi_slopes=jnp.stack([SLOPES, -SLOPES])),
     "small_pages": dict(lengths=(150, 33), H=2, Hk=1, D=128, page=16, room=40),
     "pages": dict(lengths=(150, 33), H=2, Hk=1, D=64, page=64),
     "large_pages": dict(lengths=(150, 300), H=2, Hk=1, D=64, page=256),
@@ -34,12 +31,11 @@ CASES = {
 }
 
 
-SLOW = {"window", "alibi_softcap", "pages", "large_pages", "float16", "short_cache"}
+SLOW = {"window", "pages", "large_pages", "float16", "short_cache"}
 SHAPES = {
     "D128": {},
     "D64": dict(D=64, Sq=4, causal=True),
     "odd": dict(Sc=4099, softcap=20.0),
-    "D128_alibi": dict(Sq=4, causal=True, alibi_slopes=jnp.ones(32)),
     "D128_pages": dict(page=16),
     "D64_pages": dict(page=256, D=64, dtype=jnp.float16),
 }
@@ -64,7 +60,7 @@ def decoding_on_the_cpu():
     call = functools.partial(decode.decode, interpret=interpreter.params())
     interpreter.reset()
     jax.clear_caches()
-    with mock.patch.object(decode, "decode", call), mock.patch.object(cache, "UNPROVEN", set()), on_hopper():
+    with mock.patch.object(decode, "decode", call), on_hopper():
         yield
     jax.clear_caches()
     assert not interpreter.found_races(), "the race detector found a race"
@@ -80,7 +76,7 @@ def test_matches_oracle(name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_lowers(name):
     run, shapes = call_on_shapes(**SHAPES[name])
-    with mock.patch.object(cache, "UNPROVEN", set()), on_hopper():
+    with on_hopper():
         text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
 
@@ -100,7 +96,7 @@ def test_splits_fill_the_gpu(tiles, blocks, expected):
 def test_reasons():
     call = functools.partial(flash_attention_with_kvcache, cache_seqlens=3, implementation="hopper")
     q, cached = jnp.zeros((1, 1, 2, 64), jnp.bfloat16), jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
-    with on_hopper(), pytest.raises(NotImplementedError, match=r"alibi_slopes on a cache .* not yet proven on a GPU"):
+    with on_hopper(), pytest.raises(NotImplementedError, match="alibi_slopes on a cache are not in the kernels"):
         call(q, cached, cached, alibi_slopes=jnp.ones(2))
     pages = jnp.zeros((3, 12, 2, 64), jnp.bfloat16)
     with on_hopper(), pytest.raises(NotImplementedError, match="page=12 must be"):
