@@ -8,7 +8,7 @@ from pallas_kernels.hopper import TARGET
 from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem, LinearResults
 from pallas_kernels.tiles import padded
 
-UNPROVEN = {"mask", "normalize", "causal=False", "cu_seqlens"}  # until tests/gpu has run on one
+UNPROVEN = {"mask", "normalize", "causal=False", "cu_seqlens", "segments of time"}  # until tests/gpu has run on one
 
 
 def why_not(p: LinearProblem, direction: str) -> str | None:
