@@ -35,7 +35,7 @@ def flash_attn_varlen_func(
 
     Args:
         q: [Tq, H, D], all sequences one after another; k: [Tk, Hk, D]; v: [Tk, Hk, Dv]. Queries behind the last
-            sequence give 0.
+            sequence give 0; NaN there, or in k and v, may reach the last sequence.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 [N + 1], rising from 0. Their values are checked on CPU only.
         max_seqlen_q, max_seqlen_k: checked on CPU, and not needed.
         alibi_slopes: float32 [H] or [N, H].

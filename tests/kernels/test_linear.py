@@ -65,7 +65,7 @@ CASES = {
     "both_ways": (dict(S=130, D=64, decay="token", strength=0.1), dict(causal=False)),
     "both_ways_normalized": (dict(S=70, D=64, decay="head", positive=True), dict(causal=False, normalize=True)),
 }
-QUICK = ("plain",) if OLD else ("plain", "head", "token", "reverse", "normalized_plain", "full")
+QUICK = ("plain",) if OLD else ("plain", "token", "reverse", "full")
 PACKED = {
     "plain": ({}, {}),
     "token": (dict(decay="token", strength=0.1), {}),

@@ -31,10 +31,11 @@ CASES = {
     ),
     "unused_rows": ((40, 30), (200, 100), dict(D=64, H=2, Hk=2), dict(causal=True)),
 }
+SLOW = {"mask_and_bias", "full"}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "mask_and_bias" else name for name in CASES]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 )
 def test_matches_oracle(name):
     _assert_matches_oracle(name)
