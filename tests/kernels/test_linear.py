@@ -190,7 +190,8 @@ def test_ptxas_has_no_complaint(D, S, expected, decay):
         results, pull = jax.vjp(lambda a: linear_attention(**a, return_state=True, implementation="hopper"), arrays)
         return pull(results)
 
-    with on_hopper(), mock.patch.object(linear_gradients, "MULTIPLIES_IN_KERNEL", True):
+    multiplies = mock.patch.object(linear_gradients, "MULTIPLIES_IN_KERNEL", True)
+    with on_hopper(), multiplies, mock.patch.object(linear, "UNPROVEN", ()):
         _, kernels = compile_for_h100(run, shapes)
     tile = linear_tiles.SCAN[D]
     assert len(kernels) == expected  # 3 more find what enters segments of time
