@@ -19,6 +19,7 @@ from jaxlib.mlir.dialects import stablehlo
 from torch import Tensor
 
 from interop import bridge
+from pallas_kernels import unproven
 
 _KERNEL = "mosaic_gpu_v2"
 _FLOATING = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -100,7 +101,8 @@ class _Reader:
             return self._note(_kernel(op), operands, len(op.results))
         if op.name == "stablehlo.optimization_barrier":
             return operands
-        if op.name in unproven and not all(isinstance(x, Tensor) for x in operands):
+        held = op.name in _ARITHMETIC and "direct launches around integers" in unproven.FEATURES
+        if held and not all(isinstance(x, Tensor) for x in operands):
             raise Unsupported(f"{op.name}, which torch can do, but not yet proven on a GPU")
         if op.name == "stablehlo.sort":
             _check_sort(op)
@@ -356,7 +358,7 @@ _OPERATIONS = {
     "stablehlo.not": _of(torch.bitwise_not),
     "stablehlo.reduce": _reduce,
 }
-unproven = {  # until tests/gpu/test_direct.py has run with them
+_ARITHMETIC = {
     *("stablehlo.transpose", "stablehlo.reverse", "stablehlo.concatenate", "stablehlo.compare", "stablehlo.select"),
     *("stablehlo.add", "stablehlo.subtract", "stablehlo.multiply", "stablehlo.divide"),
     *("stablehlo.minimum", "stablehlo.maximum", "stablehlo.and", "stablehlo.or", "stablehlo.not"),

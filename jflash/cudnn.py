@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jflash import xla
+from pallas_kernels import unproven
 from pallas_kernels.problem import AttentionArrays, AttentionGradients, AttentionProblem
 
 OLDEST, HOPPER = 80, 90  # compute capabilities: of its fused attention, and of that for head dims to 256
@@ -31,12 +32,9 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
         (masked and p.offset != 0, f"causal or window with Sq={p.Sq} and Sk={p.Sk} must be equal lengths"),
         (p.deterministic and direction == "backward", "deterministic=True is not in cuDNN"),
         *((held, f"{name} is not in cuDNN") for name, held in _features(p).items()),
-        (not PROVEN, "cudnn is in jflash, but not yet proven on a GPU"),
+        *unproven.reasons({"cudnn": True}, "jflash"),
     )
     return next((reason for failed, reason in reasons if failed), None)
-
-
-PROVEN = False  # by tests/gpu/test_cudnn.py
 
 
 def forward(p: AttentionProblem, a: AttentionArrays) -> tuple[jax.Array, jax.Array]:

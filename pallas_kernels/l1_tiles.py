@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from pallas_kernels import unproven
 from pallas_kernels.problem import L1Problem
 from pallas_kernels.tiles import padded
 
@@ -45,9 +46,6 @@ class L1BackwardTile:
     def rows(self) -> int:
         return 64 * self.warpgroups
 
-
-# Fields that are False in every tile until a GPU has run kernels with them.
-UNPROVEN = frozenset({"crossed", "paired", "packed"})
 
 # ms on an H100 80GB HBM3, 2026-11-22: head dim 64 with B1 H16 S4096, 128 with B1 H8 S2048. None is crossed or paired.
 FORWARD = {
@@ -91,14 +89,15 @@ def forward_tile(p: L1Problem) -> L1ForwardTile:
 
 def backward_tile(p: L1Problem) -> L1BackwardTile:
     tiles = FLOAT32_BACKWARD if p.dtype == "float32" else BACKWARD
-    if packed(p) and p.dtype == "bfloat16" and "packed" not in UNPROVEN:
+    if packed(p) and p.dtype == "bfloat16" and "L1 packed backward" not in unproven.FEATURES:
         tiles = PACKED_BACKWARD
     return _proven(tiles[max(padded(p.D), padded(p.Dv))])
 
 
 def _proven(tile):
-    fields = {field.name for field in dataclasses.fields(tile)}
-    return dataclasses.replace(tile, **dict.fromkeys(fields & UNPROVEN, False))
+    crossed = tile.crossed and "L1 crossed rows" not in unproven.FEATURES
+    paired = tile.paired and "L1 paired lanes" not in unproven.FEATURES
+    return dataclasses.replace(tile, crossed=crossed, paired=paired)
 
 
 def parts(p: L1Problem) -> int:

@@ -37,7 +37,7 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
         ),
         (p.key_ranges and p.alibi, "alibi_slopes with packed sequences or caches are not in the kernels"),
         (p.scale <= 0, f"scale={p.scale} must be > 0"),
-        *_unproven(p),
+        *unproven.reasons(_features(p)),
     )
     return next((reason for failed, reason in reasons if failed), None)
 
@@ -48,10 +48,8 @@ def _adds_to_bias_in_any_order(p: AttentionProblem) -> bool:
     return p.bias_gradient and shape is not None and shape[3] > 1 and shape[:2] != (p.B, p.H)
 
 
-def _unproven(p: AttentionProblem) -> list[tuple[bool, str]]:
-    asked = {"dropout": p.dropout_rate > 0, "mask": p.mask_shape is not None, "bias": p.bias_shape is not None}
-    text = "is in the kernels, but not yet proven on a GPU"
-    return [(asked[name] and name in unproven.FEATURES, f"{name} {text}") for name in asked]
+def _features(p: AttentionProblem) -> dict[str, bool]:
+    return {"dropout": p.dropout_rate > 0, "mask": p.mask_shape is not None, "bias": p.bias_shape is not None}
 
 
 def forward(p: AttentionProblem, a: AttentionArrays) -> tuple[jax.Array, jax.Array]:

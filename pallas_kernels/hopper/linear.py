@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import jax
 
+from pallas_kernels import unproven
 from pallas_kernels.hopper import TARGET
 from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem, LinearResults
 from pallas_kernels.tiles import padded
-
-UNPROVEN = {"mask", "normalize", "causal=False", "cu_seqlens", "segments of time"}  # until tests/gpu has run on one
 
 
 def why_not(p: LinearProblem, direction: str) -> str | None:
@@ -26,7 +25,7 @@ def _why_not_masked(p: LinearProblem) -> str | None:
         (padded(p.D) != padded(p.Dv), f"head_dim={p.D} and value head_dim={p.Dv} must pad to one multiple of 64"),
         (lengths != (p.Sq, p.Sk), f"mask lengths {lengths} must be those of q and k, {(p.Sq, p.Sk)}, in the kernels"),
         (p.normalize, "normalize is not in the kernels"),
-        *_unproven("mask"),
+        *unproven.reasons({"linear mask": True}),
     )
     return next((reason for failed, reason in reasons if failed), None)
 
@@ -40,19 +39,15 @@ def _why_not_causal(p: LinearProblem) -> str | None:
         (p.final_state and p.sequences is not None, "return_state with cu_seqlens is not in the kernels"),
         (p.scale == 0, f"scale={p.scale} must not be 0"),
         (p.chunk_size not in (None, 64), f"chunk_size={p.chunk_size} must be 64"),
-        *_unproven(*_features(p)),
+        *unproven.reasons(_features(p)),
     )
     return next((reason for failed, reason in reasons if failed), None)
 
 
-def _unproven(*features: str) -> list[tuple[bool, str]]:
-    return [(x in UNPROVEN, f"{x} is in the kernels, but not yet proven on a GPU") for x in features]
-
-
-def _features(p: LinearProblem) -> list[str]:
-    """What a call asks for beyond one causal pass."""
+def _features(p: LinearProblem) -> dict[str, bool]:
+    """What a call may ask for beyond one causal pass."""
     asked = {"normalize": p.normalize, "causal=False": not p.causal, "cu_seqlens": p.sequences is not None}
-    return [name for name, wanted in asked.items() if wanted]
+    return {f"linear {name}": wanted for name, wanted in asked.items()}
 
 
 def forward(p: LinearProblem, a: LinearArrays) -> LinearResults:

@@ -22,16 +22,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import _compat
+from pallas_kernels import _compat, unproven
 from pallas_kernels.hopper.linear_plan import Scan
 from pallas_kernels.hopper.linear_scan import ScanResults, linear_scan
 from pallas_kernels.hopper.linear_split import entering_states, segments
 from pallas_kernels.parts import decay
 from pallas_kernels.parts.decay import CHUNK
 from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem, LinearResults
-
-# The pass of dq writes S. That of dk reads it and multiplies; or writes dS' too, for XLA to multiply: 4 operands more.
-MULTIPLIES_IN_KERNEL = False  # until tests/gpu/test_linear.py has run on a GPU
 
 
 def linear_forward(
@@ -60,7 +57,8 @@ def linear_gradients(
     cotangents = entering(adjoint(straight), k=a.q, v=d_out, initial=d_end)
     turned = cotangents._replace(initial=_transposed(cotangents.initial), own=_transposed(cotangents.own))
     dq = scan(swapped, d_out, a.v, a.k, a.log_decay, states, partners[0])
-    opposite = dq.states if MULTIPLIES_IN_KERNEL else None
+    # The pass of dq writes S. That of dk reads it and multiplies; or writes dS' too, for XLA to multiply.
+    opposite = None if "linear products in the kernel" in unproven.FEATURES else dq.states
     dk = scan(adjoint(swapped), a.v, d_out, a.q, a.log_decay, turned, partners[1], opposite)
     dv = scan(adjoint(straight), a.k, a.q, d_out, a.log_decay, cotangents)
     return LinearGradients(

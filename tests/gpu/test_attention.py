@@ -1,14 +1,11 @@
 """The Hopper kernels against the oracle, on the device."""
 
-from unittest import mock
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jflash import flash_attention, flash_attention_varlen
-from pallas_kernels import unproven
 from tests.masks import blocks
 from tests.oracle import assert_matches_oracle, inputs
 from tests.varlen.rule import assert_follows, by_sequence, cu_seqlens, packed
@@ -118,12 +115,16 @@ UNPROVEN = {
 }
 
 
-@pytest.mark.parametrize("name", UNPROVEN)
+def proving(name):
+    features = {"ordered": "segment skipping", "segments": "segment skipping", "nothing": "mask"}
+    first = name.split("_")[0]
+    return pytest.param(name, marks=pytest.mark.proves(features.get(first, first)))
+
+
+@pytest.mark.parametrize("name", [proving(name) for name in UNPROVEN])
 def test_features_to_be_proven(name):
     shape, options = UNPROVEN[name]
-    jax.clear_caches()
-    with mock.patch.object(unproven, "FEATURES", set()):
-        assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), options, "hopper")
+    assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), options, "hopper")
 
 
 PACKED = {
@@ -151,16 +152,15 @@ def test_packed_sequences(name):
     assert_follows(ours, oracle, arrays)
 
 
+@pytest.mark.proves("bias")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 def test_bias_of_another_dtype(dtype):
     """As added in bfloat16, for its values are."""
     arrays = inputs(0, jnp.bfloat16, B=2, Sq=600, H=2, D=128, bias=(1, 2, 600, 600))
     outputs = []
-    jax.clear_caches()
-    with mock.patch.object(unproven, "FEATURES", set()):
-        for kind in (jnp.bfloat16, dtype):
-            bias = (arrays["bias"].astype(jnp.bfloat16) / 8).astype(kind)
-            outputs.append(flash_attention(*(arrays[n] for n in "qkv"), bias=bias, implementation="hopper"))
+    for kind in (jnp.bfloat16, dtype):
+        bias = (arrays["bias"].astype(jnp.bfloat16) / 8).astype(kind)
+        outputs.append(flash_attention(*(arrays[n] for n in "qkv"), bias=bias, implementation="hopper"))
     assert jnp.array_equal(*outputs)
 
 

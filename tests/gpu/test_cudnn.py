@@ -1,13 +1,11 @@
 """cuDNN as a backend, on the device: its forward, its backward, and a backward with a gradient through lse."""
 
-from unittest import mock
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflash import cudnn, flash_attention
+from jflash import flash_attention
 from tests.oracle import assert_matches_oracle, inputs
 
 CASES = {
@@ -19,10 +17,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def proven():
-    with mock.patch.object(cudnn, "PROVEN", True):
-        yield
+pytestmark = pytest.mark.proves("cudnn")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -25,7 +25,6 @@ from interop.attention import attention  # noqa: E402
 from interop.operands import Options  # noqa: E402
 
 jax = bridge.load_jax()
-from interop import programs  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
 SHORT = 20_000_000  # cycles of sleep: about 10 ms
@@ -264,10 +263,10 @@ def segmented(q, k, v):
     return attention(q, k, v, Options(right=0, deterministic=True), segment_ids=(ids, ids))[0]
 
 
+@pytest.mark.proves("direct launches around integers")
 @pytest.mark.parametrize("name", ["packed", "packed_D128", "padded", "sinks", "segments"])
 def test_bits_of_the_bridge_with_integers_between(name, monkeypatch):
     """Torch does what lies between the kernels: tables of sequences and segments, the factor of sinks."""
-    monkeypatch.setattr(programs, "unproven", set())
     monkeypatch.setattr(direct, "launches", {})
     attend, kinds = {"padded": (padded, 2), "sinks": (with_sinks, 1), "segments": (segmented, 2)}.get(name, (None, 2))
     if attend is None:
@@ -291,9 +290,9 @@ def _varlen(starts, q, k, v):
     return flash_attn_varlen_func(q, k, v, starts, starts, causal=True, deterministic=True)
 
 
-def test_capture_of_packed_sequences(monkeypatch):
+@pytest.mark.proves("direct launches around integers")
+def test_capture_of_packed_sequences():
     """A replay follows the values of cu_seqlens."""
-    monkeypatch.setattr(programs, "unproven", set())
     tensors, starts = packed(16, [100, 200, 84])
     weight = torch.randn_like(tensors[0])
 

@@ -1,13 +1,10 @@
 """The Hopper kernels of linear attention against the oracle, on the device."""
 
-from unittest import mock
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jflash import linear_attention
-from pallas_kernels.hopper import linear, linear_gradients
 from tests.linear.rule import assert_matches_oracle, inputs
 
 CASES = {
@@ -49,19 +46,24 @@ PACKED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def everything_is_proven():
-    multiplies = mock.patch.object(linear_gradients, "MULTIPLIES_IN_KERNEL", True)
-    with mock.patch.object(linear, "UNPROVEN", ()), multiplies:
-        yield
+def proving(name):
+    shape, options = CASES[name]
+    asked = {
+        "linear products in the kernel": "decay" in shape,
+        "linear segments of time": "few" in name,
+        "linear normalize": "normalize" in options,
+        "linear causal=False": "causal" in options,
+    }
+    return pytest.param(name, marks=pytest.mark.proves(*(feature for feature in asked if asked[feature])))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [proving(name) for name in CASES])
 def test_matches_oracle(name):
     shape, options = CASES[name]
     assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), "hopper", **options)
 
 
+@pytest.mark.proves("linear cu_seqlens")
 @pytest.mark.parametrize("name", PACKED)
 def test_packed(name):
     """Sequences of one token, of none, across chunks, and NaN behind the last."""
@@ -76,6 +78,7 @@ def test_packed(name):
     assert_matches_oracle(arrays, "hopper", attend, return_state=False, **options)
 
 
+@pytest.mark.proves("linear products in the kernel")
 def test_gives_the_same_bits_100_times():
     arrays = inputs(1, jnp.bfloat16, B=2, S=900, Hq=8, D=128, decay="token", state=True)
 
@@ -115,13 +118,9 @@ MASKED = {
 }
 
 
-@pytest.fixture
-def proven_mask(monkeypatch):
-    monkeypatch.setattr(linear, "UNPROVEN", linear.UNPROVEN - {"mask"})
-
-
+@pytest.mark.proves("linear mask")
 @pytest.mark.parametrize("name", MASKED)
-def test_masked_matches_oracle(name, proven_mask):
+def test_masked_matches_oracle(name):
     shape, options = MASKED[name]
     arrays = inputs(0, jnp.bfloat16, **shape)
     if name.endswith("float32"):
@@ -129,15 +128,17 @@ def test_masked_matches_oracle(name, proven_mask):
     assert_matches_oracle(arrays, "hopper", **options)
 
 
+@pytest.mark.proves("linear mask")
 @pytest.mark.parametrize("D", [64, 128])
-def test_boolean_mask_in_float16(D, proven_mask):
+def test_boolean_mask_in_float16(D):
     arrays = inputs(0, jnp.float16, B=2, S=400, Hq=2, D=D)
     arrays["mask"] = jax.random.bernoulli(jax.random.key(1), 0.6, (1, 2, 400, 400))
     assert_matches_oracle(arrays, "hopper")
 
 
+@pytest.mark.proves("linear mask")
 @pytest.mark.parametrize("D", [64, 128])
-def test_masked_gives_the_same_bits_but_for_dq(D, proven_mask):
+def test_masked_gives_the_same_bits_but_for_dq(D):
     """dq is added up in whatever order CTAs come."""
     arrays = inputs(1, jnp.bfloat16, B=2, S=900, Hq=8, D=D, mask=(1, 1, 900, 900))
 
@@ -154,7 +155,8 @@ def test_masked_gives_the_same_bits_but_for_dq(D, proven_mask):
         assert all(jnp.array_equal(grads[name], again[name]) for name in ("k", "v", "mask")), n
 
 
-def test_masked_stores_no_weights(proven_mask):
+@pytest.mark.proves("linear mask")
+def test_masked_stores_no_weights():
     """Temporary memory stays far below one number for each weight."""
     B, S, H = 4, 2048, 8
     q = jax.ShapeDtypeStruct((B, S, H, 64), jnp.bfloat16)

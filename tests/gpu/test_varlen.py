@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jflash import flash_attention_varlen
-from pallas_kernels import unproven
 from tests.varlen.rule import assert_follows, by_sequence, cu_seqlens, packed
 
 LENGTHS = {
@@ -33,9 +32,7 @@ CASES = {
 BEHIND = (0, 3, 150)  # tokens, in turn
 
 
-@pytest.fixture(autouse=True)
-def proven(monkeypatch):
-    monkeypatch.setattr(unproven, "FEATURES", set())
+pytestmark = pytest.mark.proves("row ends")
 
 
 @pytest.mark.parametrize(("n", "name"), list(enumerate(CASES)))

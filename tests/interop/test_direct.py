@@ -30,6 +30,7 @@ from interop import (
     programs,
 )
 from interop.operands import Operands, Options
+from pallas_kernels import unproven
 from pallas_kernels.parts import ranges
 from tests.interop.cases import Recorded, by_definition, cotangent, qkv
 from tests.kernels.calls import identity, on_hopper
@@ -63,7 +64,7 @@ def no_device(monkeypatch):
 
 @pytest.fixture
 def all_proven(monkeypatch):
-    monkeypatch.setattr(programs, "unproven", set())
+    monkeypatch.setattr(unproven, "FEATURES", set())
 
 
 @pytest.fixture

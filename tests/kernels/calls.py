@@ -114,11 +114,11 @@ def packed(q, k, v, *, sequences: int, **options):
 
 
 @contextlib.contextmanager
-def on_hopper():
-    """A context in which calls think they will run on one, and that all the kernels can do is proven."""
+def on_hopper(*unproven_yet: str):
+    """A context in which calls think they will run on one, and that all else the kernels can do is proven."""
     with (
         mock.patch.object(backends, "target_of", return_value=hopper.TARGET),
-        mock.patch.object(unproven, "FEATURES", set()),
+        mock.patch.object(unproven, "FEATURES", set(unproven_yet)),
     ):
         yield
 

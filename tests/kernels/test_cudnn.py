@@ -12,18 +12,23 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
 import jflash
-from jflash import backends, cudnn, flash_attention
+from jflash import backends, flash_attention
+from pallas_kernels import unproven
 from tests.oracle import assert_matches_oracle, inputs
 
 SHAPE = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16)
 CALLS = {"full": {}, "causal": {"causal": True}, "window": {"window": (20, 0)}}
 
 
+def proven():
+    return mock.patch.object(unproven, "FEATURES", set())
+
+
 @contextlib.contextmanager
 def on(target: str):
     """Calls think they will run on a GPU, and that cuDNN has been proven."""
     jax.clear_caches()
-    with mock.patch.object(backends, "target_of", return_value=target), mock.patch.object(cudnn, "PROVEN", True):
+    with mock.patch.object(backends, "target_of", return_value=target), proven():
         yield
     jax.clear_caches()
 
@@ -127,7 +132,7 @@ REASONS = {
 
 def why_not(*, D=64, Dv=None, Sk=128, dtype=jnp.bfloat16, target="sm_80", **options):
     q, k, v = (jax.ShapeDtypeStruct((2, S, 4, d), dtype) for S, d in ((128, D), (Sk, D), (Sk, Dv or D)))
-    with mock.patch.object(cudnn, "PROVEN", True):
+    with proven():
         return jflash.why_not(q, k, v, implementation="cudnn", direction="backward", target=target, **options)
 
 
@@ -142,7 +147,7 @@ def test_takes():
 
 
 def test_other_gpus_use_it():
-    with mock.patch.object(cudnn, "PROVEN", True):
+    with proven():
         assert "cudnn      forward   used" in jflash.explain(SHAPE, SHAPE, SHAPE, target="sm_80", causal=True)
         assert "hopper     forward   used" in jflash.explain(SHAPE, SHAPE, SHAPE, target="sm_90", causal=True)
         assert "xla        backward  used" in jflash.explain(SHAPE, SHAPE, SHAPE, target="sm_80", softcap=3.0)

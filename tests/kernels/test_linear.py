@@ -16,7 +16,7 @@ import pytest
 
 from jflash import LinearAttentionState, linear_attention, linear_attention_step
 from pallas_kernels import linear_tiles
-from pallas_kernels.hopper import linear, linear_calls, linear_gradients, linear_plan, linear_split
+from pallas_kernels.hopper import linear, linear_calls, linear_plan, linear_split
 from pallas_kernels.problem import LinearProblem
 from tests.kernels import interpreter
 from tests.kernels.calls import on_hopper
@@ -31,12 +31,10 @@ def interpreted(multiplies=True):
     interpreter.reset()
     jax.clear_caches()
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(linear, "UNPROVEN", ()))
-        patches.enter_context(mock.patch.object(linear_gradients, "MULTIPLIES_IN_KERNEL", multiplies))
         for name in ("forward", "backward"):
             call = functools.partial(getattr(linear_calls, name), interpret=params)
             patches.enter_context(mock.patch.object(linear_calls, name, call))
-        patches.enter_context(on_hopper())
+        patches.enter_context(on_hopper(*(() if multiplies else ("linear products in the kernel",))))
         yield
     jax.clear_caches()
     assert not interpreter.found_races(), "the race detector found a race"
@@ -171,8 +169,7 @@ def test_lowers(shape, options):
     """For a GPU, which needs none: shapes, layouts and the API of this JAX are right."""
     arrays = inputs(0, jnp.bfloat16, B=1, Hq=2, **shape)
     attend = functools.partial(linear_attention, implementation="hopper", **options)
-    multiplies = mock.patch.object(linear_gradients, "MULTIPLIES_IN_KERNEL", True)
-    with on_hopper(), multiplies, mock.patch.object(linear, "UNPROVEN", ()):
+    with on_hopper():
         run = jax.jit(lambda arrays: jax.vjp(lambda a: attend(**a), arrays)[1](arrays["v"]))
         text = run.trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert "custom_call @mosaic_gpu" in text
@@ -190,8 +187,7 @@ def test_ptxas_has_no_complaint(D, S, expected, decay):
         results, pull = jax.vjp(lambda a: linear_attention(**a, return_state=True, implementation="hopper"), arrays)
         return pull(results)
 
-    multiplies = mock.patch.object(linear_gradients, "MULTIPLIES_IN_KERNEL", True)
-    with on_hopper(), multiplies, mock.patch.object(linear, "UNPROVEN", ()):
+    with on_hopper():
         _, kernels = compile_for_h100(run, shapes)
     tile = linear_tiles.SCAN[D]
     assert len(kernels) == expected  # 3 more find what enters segments of time

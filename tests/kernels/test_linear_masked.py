@@ -26,13 +26,6 @@ from tests.linear.rule import assert_matches_oracle, inputs
 
 
 @contextlib.contextmanager
-def proven():
-    """A context in which a call on a Hopper GPU takes these kernels."""
-    with mock.patch.object(linear, "UNPROVEN", set()), on_hopper():
-        yield
-
-
-@contextlib.contextmanager
 def interpreted():
     """Fails on a race, also where JAX only records it."""
     params = interpreter.params()
@@ -44,7 +37,7 @@ def interpreted():
             patches.enter_context(mock.patch.object(linear_masked, name, call))
         patches.enter_context(mock.patch.object(schedule, "SMS", 1))  # so that a CTA takes more than one tile
         patches.enter_context(mock.patch.object(linear_masked_gradient, "_MOST_PARTS", 2))
-        patches.enter_context(proven())
+        patches.enter_context(on_hopper())
         yield
     jax.clear_caches()
     assert not interpreter.found_races(), "the race detector found a race"
@@ -122,7 +115,7 @@ def test_few_tiles_are_cut_into_parts():
 def test_names_what_it_cannot_do(changed, reason):
     p = LinearProblem("sm_90", "bfloat16", B=1, H=1, Hq=1, Hk=1, Hv=1, Sq=64, Sk=64, D=64, Dv=64, scale=1.0, after=True)
     p = dataclasses.replace(p, mask_shape=(1, 1, 64, 64))
-    with proven():
+    with on_hopper():
         assert linear.why_not(p, "forward") is None
         assert reason in linear.why_not(dataclasses.replace(p, **changed), "forward")
 
@@ -151,7 +144,7 @@ def test_ptxas_has_no_complaint(name, mask_dtype):
         out, pull = jax.vjp(lambda a: linear_attention(**a, implementation="hopper"), arrays)
         return out, pull(out)
 
-    with proven():
+    with on_hopper():
         _, kernels = compile_for_h100(run, shapes)
     key = shapes["q"].shape[3], jnp.dtype(mask_dtype).itemsize
     allowed = {
@@ -176,6 +169,6 @@ def test_weights_are_not_stored():
     def run(q, k, v, mask, d_out):
         return jax.vjp(lambda *x: linear_attention(*x[:3], mask=x[3], implementation="hopper"), q, k, v, mask)[1](d_out)
 
-    with proven():
+    with on_hopper():
         compiled, _ = compile_for_h100(run, q, q, q, mask, q)
     assert compiled.memory_analysis().temp_size_in_bytes < B * S * H * 64 * 4 + S * S * 4  # dQ in float32, one dM
