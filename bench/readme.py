@@ -21,6 +21,7 @@ RESULTS = ROOT / "bench" / "results"
 PLOTS = ROOT / "docs"  # a plot of results/NAME.json, where there is one, is docs/NAME.png
 TARGET = "sm_90"  # the features table answers for an H100
 OURS = "jflash"
+LIMITS = ("copy",)  # no attention, so no peers: what moving the memory alone takes
 
 
 def qkv(B=2, Sq=256, Sk=None, H=8, Hk=None, D=128, Dv=None, dtype="bfloat16") -> list[jax.Array]:
@@ -99,7 +100,7 @@ def _summary(report: results.Report) -> Iterable[list[str]]:
 
 def _ratio(case: dict[str, results.Row]) -> float | None:
     """How many times as long as ours the fastest peer takes; None where one of the two is missing."""
-    peers = [row.ms for name, row in case.items() if not name.startswith(OURS)]
+    peers = [row.ms for name, row in case.items() if not name.startswith(OURS) and name not in LIMITS]
     return min(peers) / case[OURS].ms if peers and OURS in case else None
 
 
@@ -114,7 +115,7 @@ def _folded(path: Path, report: results.Report) -> str:
     on_gpu = any(row.tflops is not None for row in report.rows)
     rows = []
     for case in _by_case(report.rows):
-        first, fastest = next(iter(case.values())), min(row.ms for row in case.values())
+        first, fastest = next(iter(case.values())), min(row.ms for name, row in case.items() if name not in LIMITS)
         cells = [_cell(case.get(impl), fastest) for impl in impls]
         rows.append([f"{first.dtype} {results.label(first.shape)}", first.direction, *cells])
     versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
@@ -123,7 +124,8 @@ def _folded(path: Path, report: results.Report) -> str:
         about += f" The 8192 x 8192 x 8192 bf16 matrix product of the same run: {report.matmul_tflops:.0f} TF/s."
     plot = PLOTS / f"{path.stem}.png"
     picture = [f"![{path.stem}]({plot.relative_to(ROOT).as_posix()})"] if plot.exists() else []
-    summary = f"{report.device}, {report.date}, {'TF/s' if on_gpu else 'milliseconds'}: {len(rows)} cases"
+    unit = "TF/s" if on_gpu else "milliseconds"
+    summary = f"{path.stem}: {report.device}, {report.date}, {unit}: {len(rows)} cases"
     head = f"<details><summary>{summary}</summary>"
     return "\n\n".join(
         [head, *picture, about, table(["case", "direction", *impls], rows, right=len(impls)), "</details>"]
@@ -133,7 +135,8 @@ def _folded(path: Path, report: results.Report) -> str:
 def _cell(row: results.Row | None, fastest: float) -> str:
     if row is None:
         return ""
-    text = f"{row.ms:.2f}" if row.tflops is None else f"{row.tflops:.0f}"
+    digits = 2 if row.ms >= 1 else 3
+    text = f"{row.ms:.{digits}f}" if row.tflops is None else f"{row.tflops:.0f}"
     return f"**{text}**" if row.ms == fastest else text
 
 

@@ -72,6 +72,13 @@ def test_a_case_without_a_peer_has_no_ratio(tmp_path):
     assert "| a chip |" not in readme.measurements(tmp_path)
 
 
+def test_a_copy_is_no_peer(tmp_path):
+    report(row("jflash", 2.0), row("peer", 3.0), row("copy", 1.0)).save(tmp_path / "run.json")
+    text = readme.measurements(tmp_path)
+    assert "| a chip | attention | forward | 1 | 1.50 | 1.50 | 1.50 |" in text
+    assert "| **2.00** | 3.00 | 1.00 |" in text
+
+
 def test_flops_are_shown_where_they_are(tmp_path):
     report(row("jflash", 2.0, tflops=512.4), row("peer", 3.0, tflops=341.6)).save(tmp_path / "run.json")
     text = readme.measurements(tmp_path)
