@@ -5,7 +5,10 @@ The kernels themselves are imported when first used: importing Mosaic GPU takes 
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import unproven
 from pallas_kernels.problem import AttentionArrays, AttentionGradients, AttentionProblem
@@ -19,10 +22,6 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
     reasons = (
         (p.target != TARGET, f"target={p.target} must be {TARGET}, an NVIDIA Hopper GPU"),
         (p.dtype not in ("bfloat16", "float16"), f"dtype={p.dtype} must be bfloat16 or float16"),
-        (
-            padded(p.D) != padded(p.Dv) and max(padded(p.D), padded(p.Dv)) != 192,
-            f"head_dim={p.D} and value head_dim={p.Dv} must pad to one multiple of 64, or the larger to 192",
-        ),
         (
             p.deterministic and direction == "backward" and max(p.D, p.Dv) > 128,
             f"deterministic=True with head_dim={max(p.D, p.Dv)} must be <= 128",
@@ -57,7 +56,10 @@ def forward(p: AttentionProblem, a: AttentionArrays) -> tuple[jax.Array, jax.Arr
     from pallas_kernels.hopper.attention_forward import attention_forward
 
     with jax.enable_x64(False):  # Mosaic GPU wants 32-bit indices, whatever the user wants
-        return attention_forward(p, a)
+        if _has_kernel(p):
+            return attention_forward(p, a)
+        out, lse = attention_forward(*_of_one_head_dim(p, a))
+        return out[..., : p.Dv], lse
 
 
 def backward(p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_lse) -> AttentionGradients:
@@ -65,4 +67,24 @@ def backward(p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_lse) ->
     from pallas_kernels.hopper.attention_gradients import attention_gradients
 
     with jax.enable_x64(False):
-        return attention_gradients(p, a, out, lse, d_out, d_lse)
+        if _has_kernel(p):
+            return attention_gradients(p, a, out, lse, d_out, d_lse)
+        out, d_out = _widened(out, p), _widened(d_out, p)
+        found = attention_gradients(*_of_one_head_dim(p, a), out, lse, d_out, d_lse)
+        return found._replace(q=found.q[..., : p.D], k=found.k[..., : p.D], v=found.v[..., : p.Dv])
+
+
+def _has_kernel(p: AttentionProblem) -> bool:
+    """Whether a kernel has both head dims."""
+    return padded(p.D) == padded(p.Dv) or max(padded(p.D), padded(p.Dv)) == 192
+
+
+def _of_one_head_dim(p: AttentionProblem, a: AttentionArrays) -> tuple[AttentionProblem, AttentionArrays]:
+    """The same call with zeros behind the smaller head dim."""
+    D = max(p.D, p.Dv)
+    q, k, v = (_widened(x, p) for x in (a.q, a.k, a.v))
+    return dataclasses.replace(p, D=D, Dv=D), a._replace(q=q, k=k, v=v)
+
+
+def _widened(x: jax.Array, p: AttentionProblem) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, max(p.D, p.Dv) - x.shape[3])))

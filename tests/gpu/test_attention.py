@@ -29,6 +29,8 @@ SHAPES = {
     "D256_many": dict(B=2, Sq=1024, H=4, D=256),
     "D200": dict(B=2, Sq=333, Sk=500, H=2, D=200, Dv=256),
     "D192": dict(B=2, Sq=640, H=2, D=192),
+    "wider_values": dict(B=2, Sq=500, H=4, Hk=2, D=64, Dv=128),
+    "narrower_values": dict(B=2, Sq=333, H=2, D=128, Dv=40),
     "D192_Dv128": dict(B=2, Sq=517, H=4, Hk=2, D=192, Dv=128),
     "sinks": dict(B=2, Sq=700, H=4, Hk=2, D=128, sinks=True),
     "sinks_D64": dict(B=2, Sq=700, Sk=300, H=2, D=64, sinks=True),

@@ -33,6 +33,8 @@ CASES = {
     "tiny": (dict(B=2, Sq=3, Sk=5, H=2, Hk=1, D=64), dict(causal=True)),
     "head_dims": (dict(Sq=128, H=1, D=100, Dv=72), {}),
     "small_head_dims": (dict(Sq=70, H=2, D=40, Dv=24), dict(causal=True)),
+    "wider_values": (dict(Sq=70, Sk=90, H=2, Hk=1, D=64, Dv=128), dict(causal=True, softcap=5.0)),
+    "narrower_values": (dict(Sq=70, H=1, D=128, Dv=40), {}),
     "D256": (dict(Sq=192, H=2, Hk=1, D=256), {}),
     "D256_causal": (dict(Sq=256, H=1, D=256), dict(causal=True)),
     "D256_growing_scores": (dict(Sq=64, Sk=256, H=1, D=256), dict(scale=0.5)),
@@ -91,7 +93,7 @@ RUN = {"full", "grouped_D64"} if OLD else CASES
 SLOW = {"dropout", "dropout_D256", "dropout_deterministic", "mask", "mask_D64", "mask_D256", "segments_in_order"}
 SLOW |= {"mask_of_keys", "mask_of_queries", "bias_softcap", "bias_deterministic", "bias_of_each_D64", "bias_D256"}
 SLOW |= {"bias_of_keys", "bias_of_queries", "segments", "segments_D64", "mask_deterministic"}
-SLOW |= {"window", "ragged_D64", "alibi_of_each_batch_D64", "deterministic_ragged"}
+SLOW |= {"narrower_values", "window", "ragged_D64", "alibi_of_each_batch_D64", "deterministic_ragged"}
 
 
 def case(name: str):
