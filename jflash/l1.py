@@ -126,7 +126,7 @@ def l1_attention(
         return_lse: also return the natural log of the softmax denominator. Differentiable. Softmax only.
         compute: how |q - k| is found. "auto": by the backend's fastest exact way. "f32": subtracted in float32.
         implementation: None takes the fastest backend that can do the call in both directions; a name
-            ("xla", "reference") insists on it. See `jflash.l1.explain`.
+            ("hopper", "xla", "reference") insists on it. See `jflash.l1.explain`.
 
     Returns:
         out [B, Sq, H, Dv] in q's dtype, or (out, lse) with lse [B, H, Sq] in float32 (float64 for float64).

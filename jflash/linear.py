@@ -90,7 +90,7 @@ def linear_attention(
             log_decay[s] over i <= s < j. The initial state is behind the last token.
         chunk_size: tokens a chunk, a power of two >= 16. Default: the backend's choice.
         implementation: None takes the fastest backend that can do the call in both directions; a name
-            ("xla", "reference") insists on it. See `jflash.linear.explain`.
+            ("hopper", "xla", "reference") insists on it. See `jflash.linear.explain`.
 
     Returns:
         out [B, Sq, H, Dv] in q's dtype, or (out, state).

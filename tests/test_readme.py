@@ -46,11 +46,6 @@ def test_make_targets_exist(command):
     assert re.search(rf"^{command}:", (readme.ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", TEXT))
-def test_links_lead_somewhere(link):
-    assert (readme.ROOT / link).exists()
-
-
 def test_no_results_is_one_line(tmp_path):
     assert readme.measurements(tmp_path) == "Nothing has been measured yet: `python -m bench attention` measures."
 
