@@ -9,7 +9,7 @@ FEATURES = {
     *("linear mask", "linear normalize", "linear causal=False", "linear cu_seqlens"),
     *("linear segments of time", "linear products in the kernel"),
     *("L1 crossed rows", "L1 paired lanes", "L1 packed backward"),
-    *("cudnn", "direct launches around integers"),
+    *("softcap by reciprocals", "cudnn", "direct launches around integers"),
 }
 
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import arith, llvm
 from jaxlib.mlir.dialects import math as math_dialect
 
+from pallas_kernels import unproven
 from pallas_kernels._compat import Interpret
 from pallas_kernels.parts import wgmma_layout
 from pallas_kernels.parts.softmax import LOG2E, ROWS
@@ -38,13 +39,35 @@ def modify(
         return Scores(products, p.scale * LOG2E, None)
     s, slope = products * p.scale, None
     if p.softcap is not None:
-        bent = 1.0 - 2.0 / (1.0 + jnp.exp2(s * (2.0 * LOG2E / p.softcap)))  # tanh, ten bits better than tanh.approx
+        bent = 1.0 - _two_over(1.0 + jnp.exp2(s * (2.0 * LOG2E / p.softcap)), interpret)  # tanh.approx has 10 bits less
         s, slope = bent * p.softcap, 1.0 - bent * bent
     if bias is not None:
         s = s + bias
     if p.alibi:
         s = s - _distance(apart, s.shape, interpret) * alibi_slope
     return Scores(s, LOG2E, slope)
+
+
+def _two_over(x: jax.Array, interpret: Interpret) -> jax.Array:
+    """2 / x for x >= 1: one instruction, where a division must mind small and large numbers."""
+    if interpret is not None or "softcap by reciprocals" in unproven.FEATURES:
+        return 2.0 / x
+    call = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_tile_like(x))
+    return 2.0 * call(functools.partial(_reciprocals, x.shape))(x)
+
+
+def _tile_like(x):
+    return plgpu.ShapeDtypeStruct(x.shape, jnp.float32, plgpu.Layout.WGMMA)
+
+
+def _reciprocals(shape: tuple[int, int], _, x):
+    f32 = ir.F32Type.get()
+
+    def element(index, e, *_):
+        operand = wgmma_layout.scalar(x.registers[index], e)
+        return llvm.inline_asm(f32, [operand], "rcp.approx.ftz.f32 $0, $1;", "=f,f", has_side_effects=False)
+
+    return wgmma_layout.tile(shape, element)
 
 
 def _distance(apart, shape: tuple[int, int], interpret: Interpret) -> jax.Array:

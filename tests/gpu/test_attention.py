@@ -67,6 +67,13 @@ FEATURES = {
 }
 
 
+@pytest.mark.proves("softcap by reciprocals")
+@pytest.mark.parametrize("name", [name for name in FEATURES if "softcap" in name])
+def test_softcap_by_reciprocals(name):
+    shape, options = FEATURES[name]
+    assert_matches_oracle(inputs(1, jnp.bfloat16, **shape), options, "hopper")
+
+
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(name):
     shape, options = FEATURES[name]
