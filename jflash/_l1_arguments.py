@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jflash import _arguments
-from jflash._arguments import array, number
+from jflash._arguments import array, flag, number
 from pallas_kernels.problem import AttentionArrays, L1Problem
 
 KINDS = ("neg", "reciprocal")
@@ -43,6 +43,7 @@ def bind(
     q, k, v = array("q", q), array("k", k), array("v", v)
     _arguments.check_qkv(q, k, v)
     D = q.shape[3]
+    center, exclude_diagonal = flag("center", center), flag("exclude_diagonal", exclude_diagonal)
     scale = check_scores(D, scale, kind, eps, center)
     one_of("weight", weight, WEIGHTS)
     one_of("compute", compute, COMPUTES)
@@ -60,7 +61,7 @@ def bind(
     )  # fmt: skip
     return L1Problem(
         **vars(problem), kind=kind, eps=float(eps) if kind == "reciprocal" else 0.0, weight=weight,
-        center=bool(center), exclude_diagonal=bool(exclude_diagonal), compute=compute,
+        center=center, exclude_diagonal=exclude_diagonal, compute=compute,
     ), arrays  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def _borders(x, length: int):
         raise ValueError(f"cu_seqlens {x.dtype.name}{list(x.shape)} must be integers [sequences + 1]")
     if isinstance(x, jax.Array) and not isinstance(x, Tracer):
         found = np.asarray(x)
-        if found[0] != 0 or (np.diff(found) < 0).any() or found[-1] > length:
+        if found[0] != 0 or (found[1:] < found[:-1]).any() or found[-1] > length:
             raise ValueError(f"cu_seqlens={found.tolist()} must ascend from 0 to at most {length} tokens")
     return x
 

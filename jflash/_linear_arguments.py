@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jflash import backends
-from jflash._arguments import DTYPES, array, number, reshaped
+from jflash._arguments import DTYPES, array, flag, number, reshaped
 from pallas_kernels.problem import LinearArrays, LinearProblem
 
 
@@ -50,14 +50,17 @@ def bind(
     _, Sk, Hv, Dv = v.shape
     if k.shape[1] != Sk:
         raise ValueError(f"lengths of k and v, {k.shape[1]} and {Sk}, must be equal")
-    causal = mask is None if causal is None else bool(causal)
+    causal = mask is None if causal is None else flag("causal", causal)
+    normalize, return_state = flag("normalize", normalize), flag("return_state", return_state)
+    reverse = flag("reverse", reverse)
     _check_combination(
         causal, Sq, Sk, log_decay=log_decay, mask=mask, initial_state=initial_state, return_state=return_state,
         cu_seqlens=cu_seqlens, reverse=reverse, chunk_size=chunk_size,
     )  # fmt: skip
     decay = None
     if log_decay is not None:
-        decay, log_decay = _log_decay(log_decay, B, Sq, H)
+        log_decay = log_decay_array(log_decay, {"[H]": (H,), "[B, S, H]": (B, Sq, H)})
+        decay, log_decay = ("token", log_decay) if log_decay.ndim == 3 else ("head", reshaped(log_decay, (1, 1, H)))
     if mask is not None:
         mask = _mask(mask, (B, H, Sq, Sk))
     if cu_seqlens is not None:
@@ -72,15 +75,15 @@ def bind(
         B=B, H=H, Hq=Hq, Hk=k.shape[2], Hv=Hv, Sq=Sq, Sk=Sk, D=D, Dv=Dv,
         scale=D**-0.5 if scale is None else number("scale", scale),
         before=not causal or not reverse,
-        after=not causal or bool(reverse),
+        after=not causal or reverse,
         decay=decay,
         decay_gradient=log_decay is not None,
         mask_shape=None if mask is None else mask.shape,
         mask_gradient=mask is not None and mask.dtype != bool,
-        normalize=bool(normalize),
+        normalize=normalize,
         sequences=sequences,
         initial_state=kv is not None,
-        final_state=bool(return_state),
+        final_state=return_state,
         chunk_size=_chunk_size(chunk_size),
     )  # fmt: skip
     return problem, LinearArrays(q, k, v, log_decay, mask, kv, z, cu_seqlens)
@@ -127,13 +130,20 @@ def state_arrays(state, shape: tuple[int, int, int, int], dtype, normalize: bool
     return found
 
 
-def check_decay_values(log_decay) -> None:
-    """Log decays known now are <= 0; traced ones are the caller's word."""
-    if isinstance(log_decay, (Tracer, jax.ShapeDtypeStruct)) or not log_decay.is_fully_addressable:
-        return
+def log_decay_array(x, shapes: dict[str, tuple[int, ...]]):
+    """A log decay of one of the shapes, <= 0 if its values are known now; traced ones are the caller's word."""
+    x = array("log_decay", x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"log_decay.dtype={x.dtype.name} must be floating point")
+    if x.shape not in shapes.values():
+        wanted = " or ".join(f"{axes}={list(shape)}" for axes, shape in shapes.items())
+        raise ValueError(f"log_decay.shape={x.shape} must be {wanted}")
+    if isinstance(x, (Tracer, jax.ShapeDtypeStruct)) or not x.is_fully_addressable:
+        return x
     with jax.ensure_compile_time_eval():  # a known array may be closed over by a jit
-        if (log_decay > 0).any():
-            raise ValueError(f"log_decay max={float(log_decay.max()):.3g} must be <= 0, the log of a decay in [0, 1]")
+        if (x > 0).any():
+            raise ValueError(f"log_decay max={float(x.max()):.3g} must be <= 0, the log of a decay in [0, 1]")
+    return x
 
 
 def _check_combination(causal: bool, Sq: int, Sk: int, *, mask, **options) -> None:
@@ -153,17 +163,6 @@ def _check_combination(causal: bool, Sq: int, Sk: int, *, mask, **options) -> No
     if Sq != Sk and (causal or given):
         what = "causal=True" if causal else given[0]
         raise ValueError(f"lengths of q and k, {Sq} and {Sk}, must be equal with {what}")
-
-
-def _log_decay(x, B: int, S: int, H: int):
-    """[H] or [B, S, H] -> "head" and [1, 1, H], or "token" and [B, S, H]."""
-    x = array("log_decay", x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"log_decay.dtype={x.dtype.name} must be floating point")
-    if x.shape not in ((H,), (B, S, H)):
-        raise ValueError(f"log_decay.shape={x.shape} must be [H]={[H]} or [B, S, H]={[B, S, H]}")
-    check_decay_values(x)
-    return ("head", reshaped(x, (1, 1, H))) if x.ndim == 1 else ("token", x)
 
 
 def _mask(x, full: tuple[int, int, int, int]):
@@ -187,7 +186,7 @@ def _cu_seqlens(x, B: int, S: int):
         return x
     if not isinstance(x, Tracer):
         values = np.asarray(x)
-        if values[0] != 0 or (np.diff(values) < 0).any() or values[-1] > S:
+        if values[0] != 0 or (values[1:] < values[:-1]).any() or values[-1] > S:
             raise ValueError(f"cu_seqlens={values.tolist()} must start at 0, never fall, and end at {S} or before")
     return x.astype(jnp.int32)
 

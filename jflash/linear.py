@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jflash import backends
-from jflash._arguments import array, number
-from jflash._linear_arguments import LinearAttentionState, bind, check_decay_values, check_qkv, state_arrays
+from jflash._arguments import array, flag, number
+from jflash._linear_arguments import LinearAttentionState, bind, check_qkv, log_decay_array, state_arrays
 from jflash._linear_op import attend
 
 __all__ = ["LinearAttentionState", "explain", "linear_attention", "linear_attention_step", "why_not"]
@@ -141,14 +141,11 @@ def linear_attention_step(
     q, k, v = (array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     H = check_qkv(q, k, v, ("batch", "heads", "dim"))
     B, _, D = q.shape
-    kv, z = state_arrays(state, (B, H, D, v.shape[-1]), q.dtype, normalize)
+    kv, z = state_arrays(state, (B, H, D, v.shape[-1]), q.dtype, flag("normalize", normalize))
     scale = D**-0.5 if scale is None else number("scale", scale)
     decay = jnp.ones((), kv.dtype)
     if log_decay is not None:
-        log_decay = array("log_decay", log_decay)
-        if log_decay.shape not in ((H,), (B, H)):
-            raise ValueError(f"log_decay.shape={log_decay.shape} must be [H]={[H]} or [B, H]={[B, H]}")
-        check_decay_values(log_decay)
+        log_decay = log_decay_array(log_decay, {"[H]": (H,), "[B, H]": (B, H)})
         decay = jnp.exp(log_decay.astype(kv.dtype))[..., None]
     wide = [jnp.repeat(x.astype(kv.dtype), H // x.shape[1], axis=1) for x in (q, k, v)]
     kv = decay[..., None] * kv + wide[1][..., :, None] * wide[2][..., None, :]

@@ -23,6 +23,8 @@ _SPREAD = 2**21  # numbers of a chunk that is spread over features
 @functools.partial(jax.jit, static_argnums=0)
 def attend(p: L1Problem, a: AttentionArrays, vb: jax.Array | None, dst: jax.Array, src: jax.Array) -> jax.Array:
     """out [B, Sq, H, Dv] in q's dtype for pairs dst, src [E]; a pair out of range adds nothing."""
+    if p.empty:
+        return jnp.zeros((p.B, p.Sq, p.H, p.Dv), a.q.dtype)
     q, (k, v) = a.q, (jnp.repeat(x, p.group, axis=2) for x in (a.k, a.v))
     vb = None if vb is None else jnp.repeat(vb, p.group, axis=2)
     valid = (dst >= 0) & (dst < p.Sq) & (src >= 0) & (src < p.Sk)
@@ -56,7 +58,7 @@ def _softmax(p: L1Problem, s: jax.Array, dst: jax.Array, sinks: jax.Array | None
     total = jnp.zeros(top.shape, s.dtype).at[:, dst].add(weights, mode="drop")
     if sinks is not None:
         total = total + jnp.exp(sinks.astype(s.dtype)[:, None] - top)
-    weights = weights / _at(jnp.where(total > 0, total, 1), dst)
+    weights = weights / _at(jnp.where(total > 0, total, 1), dst, otherwise=1)
     return jnp.moveaxis(weights.reshape(p.B, shape[0], shape[2], p.H), 0, 1)
 
 
@@ -65,9 +67,9 @@ def _weighted(weights: jax.Array, x: jax.Array, rows: jax.Array) -> jax.Array:
     return weights[..., None] * _at(x, rows).astype(weights.dtype)
 
 
-def _at(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """x [B, S, ...] at some rows; those out of range, which weigh nothing, read the last one."""
-    return x.at[:, rows].get(mode="clip")
+def _at(x: jax.Array, rows: jax.Array, otherwise: float = 0) -> jax.Array:
+    """x [B, S, ...] at some rows; those out of range, which weigh nothing, read nothing."""
+    return x.at[:, rows].get(mode="fill", fill_value=otherwise)
 
 
 def _chunks(index: jax.Array, chunk: int, outside: int) -> jax.Array:

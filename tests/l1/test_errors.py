@@ -60,6 +60,7 @@ def test_shapes(q, k, v, message):
     [
         ([1, 5], {}, r"cu_seqlens=\[1, 5\] must ascend from 0 to at most 5 tokens"),
         ([0, 4, 3], {}, r"cu_seqlens=\[0, 4, 3\] must ascend"),
+        (np.array([0, 4, 3], np.uint8), {}, r"cu_seqlens=\[0, 4, 3\] must ascend"),
         ([0, 6], {}, r"cu_seqlens=\[0, 6\] must ascend from 0 to at most 5 tokens"),
         ([0], {}, r"cu_seqlens int32\[1\] must be integers \[sequences \+ 1\]"),
         ([0.0, 5.0], {}, r"cu_seqlens float32\[2\] must be integers"),

@@ -95,6 +95,26 @@ def test_traced_pairs_out_of_range_add_nothing():
     np.testing.assert_array_equal(run(arrays, wrong), run(arrays, pairs))
 
 
+def test_pairs_out_of_range_read_nothing():
+    """Neither forward nor backward: NaN in the last query and the last key, which have no pair, stays there."""
+    arrays = inputs(12, Sq=4, H=1, D=5)
+    broken = arrays | {"q": arrays["q"].at[:, 3].set(jnp.nan)} | {x: arrays[x].at[:, 2:].set(jnp.nan) for x in "kv"}
+    pairs = np.array([[0, 0], [2, 1], [1, 0], [-1, -1], [4, 4]])
+    found, clean = (jax.jit(jax.value_and_grad(_total))(x, pairs) for x in (broken, arrays))
+    jax.tree.map(np.testing.assert_array_equal, found, clean)
+
+
+def _total(arrays, pairs):
+    return (l1_attention_sparse(**arrays, pairs=pairs) * normal(18, 1, 4, 1, 5)).sum()
+
+
+@pytest.mark.parametrize(("Sq", "Sk"), [(0, 0), (3, 0), (0, 3)])
+def test_no_tokens(Sq, Sk):
+    q, k = jnp.ones((1, Sq, 2, 5)), jnp.ones((1, Sk, 2, 5))
+    out = l1_attention_sparse(q, k, k, np.zeros((0, 2), int), vb=k if Sq == Sk else None)
+    assert out.shape == (1, Sq, 2, 5) and not out.any()
+
+
 def test_no_pairs():
     arrays = inputs(13, **ONE)
     found = outputs_and_gradients(lambda a: l1_attention_sparse(**a, pairs=np.zeros((0, 2), int)), arrays)

@@ -40,6 +40,7 @@ BAD = {
     },
     "initial_state must be a LinearAttentionState, got ArrayImpl": {"initial_state": STATE.kv},
     "batch=2 must be 1 with cu_seqlens": {"cu_seqlens": jnp.asarray([0, 8])},
+    "normalize=1 must be True or False": {"initial_state": STATE, "normalize": 1},
     "scale=nan must be finite": {"scale": float("nan")},
     "implementation='cuda' must be None or one of": {"implementation": "cuda"},
 }
@@ -81,6 +82,11 @@ def test_cu_seqlens(message):
         linear_attention(ONE, ONE, ONE, cu_seqlens=jnp.asarray(BAD_PACKED[message]))
 
 
+def test_cu_seqlens_without_a_sign():
+    with raises("never fall"):
+        linear_attention(ONE, ONE, ONE, cu_seqlens=jnp.asarray([0, 5, 4], jnp.uint32))
+
+
 @pytest.mark.parametrize("message", BAD_QKV)
 def test_inputs(message):
     with raises(message.replace(" 1, 1,", " 1, 1")):
@@ -103,6 +109,8 @@ def test_step():
         linear_attention_step(token, token, token, STATE, log_decay=G[:3])
     with raises("log_decay max=1 must be <= 0"):
         linear_attention_step(token, token, token, STATE, log_decay=-G)
+    with raises("log_decay.dtype=int32 must be floating point"):
+        linear_attention_step(token, token, token, STATE, log_decay=jnp.zeros(4, jnp.int32))
     with raises("initial_state.kv.shape=(2, 4, 16, 16) must be"):
         linear_attention_step(token, token, token[..., :5], STATE)
 
