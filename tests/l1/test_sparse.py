@@ -112,7 +112,8 @@ def _total(arrays, pairs):
 def test_no_tokens(Sq, Sk):
     q, k = jnp.ones((1, Sq, 2, 5)), jnp.ones((1, Sk, 2, 5))
     out = l1_attention_sparse(q, k, k, np.zeros((0, 2), int), vb=k if Sq == Sk else None)
-    assert out.shape == (1, Sq, 2, 5) and not out.any()
+    assert out.shape == (1, Sq, 2, 5)
+    assert not out.any()
 
 
 def test_no_pairs():
