@@ -55,11 +55,11 @@ def _check_device(name: str, x: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name}.device={x.device} must be {q.device}, as of the queries")
 
 
-def slopes(x: Tensor, q: Tensor) -> Tensor:
-    """alibi_slopes [H] or [B, H] -> [1, H] or [B, H]; one for each query, [B, H, Sq], stays."""
+def slopes(x: Tensor, q: Tensor, of_queries: bool = False) -> Tensor:
+    """alibi_slopes [H] or [B, H] -> [1, H] or [B, H]; of_queries they may be [B, H, Sq], and stay so."""
     _check_tensor("alibi_slopes", x)
     B, Sq, H, _ = q.shape
-    x = x if _list(x) == [B, H, Sq] else _per_head("alibi_slopes", x, q)
+    x = x if of_queries and _list(x) == [B, H, Sq] else _per_head("alibi_slopes", x, q)
     if x.dtype != torch.float32:
         raise TypeError(f"alibi_slopes.dtype={x.dtype} must be torch.float32")
     if x.requires_grad:

@@ -63,7 +63,7 @@ def attention(
         mask=mask,
         q_segment_ids=q_ids,
         kv_segment_ids=kv_ids,
-        alibi_slopes=None if alibi_slopes is None else _arguments.slopes(alibi_slopes, q),
+        alibi_slopes=None if alibi_slopes is None else _arguments.slopes(alibi_slopes, q, key_ranges is not None),
         dropout_seed=draw_seed(q.device) if options.dropout_p else None,
         key_ranges=key_ranges,
     )

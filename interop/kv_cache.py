@@ -62,7 +62,7 @@ def flash_attn_with_kvcache(
         ValueError, TypeError: an argument breaks a rule above, the cache is too short, or a row, page or position
             is out of range; the caches are as they were. Values on a GPU are not waited for: there an entry
             that breaks a rule writes nothing, and its out is NaN.
-        NotImplementedError: q, k or v require a gradient.
+        NotImplementedError: q, k, v or a cache requires a gradient.
 
     Source: the interface of flash_attn 2.
     """
@@ -120,7 +120,7 @@ def _check(q, k_cache, v_cache, k, v, cache_seqlens, num_splits) -> int:
         raise ValueError(f"num_splits={num_splits!r} must be an integer >= 0")
     if (k is None) != (v is None):
         raise ValueError("k and v must be given together")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v)):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, k_cache, v_cache)):
         raise NotImplementedError("flash_attn_with_kvcache has no gradient: call it under torch.no_grad()")
     if k is None:
         return 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from interop._arguments import values_are_known
 from interop.l1 import l1_attention_sparse, l1_scores
 
 
@@ -91,7 +92,7 @@ def _sparse(v, vb, q, k, coo: Tensor, dst_mxlen: int | None, use_softmax: bool) 
     if coo.dim() != 2 or coo.shape[1] not in (2, 4):
         raise ValueError(f"coo.shape={list(coo.shape)} must be [pairs, 2] or [pairs, 4]")
     pairs = coo[:, :2]
-    if dst_mxlen is not None and pairs.device.type == "cpu" and len(pairs):
+    if dst_mxlen is not None and values_are_known(pairs) and len(pairs):
         longest = int(pairs[:, 0].unique(return_counts=True)[1].max())
         if dst_mxlen < longest:
             raise ValueError(f"dst_mxlen={dst_mxlen} must be >= {longest}, the pairs of one query")

@@ -76,9 +76,7 @@ def _check(x: Operands, causal: bool, return_state: bool) -> None:
     """What JAX would not see: values, and what is wanted of the results."""
     if return_state and (not causal or x.mask is not None):
         raise ValueError("return_state needs causal=True and no mask: without a last token there is no state")
-    if x.log_decay is None or x.log_decay.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if not torch._C._are_functorch_transforms_active() and bool((x.log_decay > 0).any()):
+    if x.log_decay is not None and _arguments.values_are_known(x.log_decay) and bool((x.log_decay > 0).any()):
         raise ValueError(f"log_decay max={x.log_decay.max().item():.3g} must be <= 0, the log of a decay in [0, 1]")
 
 

@@ -60,7 +60,7 @@ class _Inner(nn.Module):
             "softmax_scale": self.softmax_scale,
             "causal": self.causal if causal is None else causal,
             "window_size": self.window_size,
-            "alibi_slopes": self.alibi_slopes,
+            "alibi_slopes": None if self.alibi_slopes is None else self.alibi_slopes.float(),
             "deterministic": self.deterministic,
         }
 

@@ -105,7 +105,7 @@ def attend(
             key, value, right = causal_from_top_left(query.shape[2], key, value)
             pattern = Pattern(right=right)
             position_bias = None if position_bias is None else position_bias[..., : key.shape[2]]
-    if dense is None and sliding_window is not None:
+    if attention_mask is None and sliding_window is not None:  # a mask has the window in it
         pattern = pattern.within(sliding_window - 1, sliding_window - 1)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     ranges = _packed_by_length(q, k, cu_seq_lens_q, cu_seq_lens_k, pattern) if by_length else None

@@ -62,7 +62,7 @@ def flash_attn_varlen_func(
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         shapes = f"{list(cu_seqlens_q.shape)} and {list(cu_seqlens_k.shape)}"
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k shapes {shapes} must be equal: one sequence for each")
-    if alibi_slopes is not None and alibi_slopes.dim() == 2:
+    if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 2:
         alibi_slopes = _slopes_of_tokens(alibi_slopes, cu_seqlens_q, q)
     options = _arguments.options(softmax_scale, causal, window_size, softcap, dropout_p, deterministic)
     ranges = key_ranges.packed(cu_seqlens_q, cu_seqlens_k, q.shape[0], options.left, options.right)

@@ -149,6 +149,7 @@ ERRORS = {
     "dtype": ({"k": normal(0, B, 3, HK, D).half()}, TypeError, "k is torch.float16 on cpu, must be the cache's"),
     "index": ({"cache_seqlens": LENGTHS.float()}, TypeError, "cache_seqlens.dtype=torch.float32 must be"),
     "gradient": ({"q": normal(0, B, 3, H, D).requires_grad_()}, NotImplementedError, "has no gradient"),
+    "gradient of a cache": ({"v_cache": normal(0, B, 40, HK, D).requires_grad_()}, NotImplementedError, "has no grad"),
     "splits": ({"num_splits": -1}, ValueError, "num_splits=-1 must be"),
 }
 

@@ -144,6 +144,12 @@ def test_mha_generates_what_it_computes(positions):
     torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_mha_in_half_precision_keeps_its_slopes():
+    x, module = normal(12, 2, 9, 32), MHA(32, 4, causal=True, use_alibi=True)
+    expected = module(x)
+    torch.testing.assert_close(module.bfloat16()(x.bfloat16()).float(), expected, atol=0.03, rtol=0.03)
+
+
 def test_mha_padding_and_cross_attention():
     x, module = normal(13, 3, 5, 32), MHA(32, 4, causal=True, rotary_emb_dim=8)
     padded = module(x, key_padding_mask=MASK)

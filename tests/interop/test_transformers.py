@@ -307,6 +307,15 @@ def test_sequences_of_an_image_encoder():
         torch.testing.assert_close(out[:, i:j], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_mask_has_the_window_in_it():
+    """T5Gemma's encoder lets its mask reach one token further than its `sliding_window` says."""
+    q, k, v = heads_first()
+    lazy = Mask(Pattern(left=3, right=3), (1, 1, 13, 13), "cpu")
+    ours, _ = attend(LAYER, q, k, v, lazy, sliding_window=3)
+    theirs, _ = sdpa_attention_forward(LAYER, q, k, v, lazy.written_out(), sliding_window=3)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 def test_sequences_with_more_keys_than_queries():
     """Causal from the bottom right of each."""
     q, _, _ = heads_first(Sq=6)

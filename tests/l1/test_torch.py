@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 import interop  # noqa: E402
 import jflash  # noqa: E402
@@ -180,6 +181,12 @@ def test_autocast_and_checkpoint():
     kept = torch.utils.checkpoint.checkpoint(interop.l1_attention, q, k, v, use_reentrant=False)
     for x, y in zip(*(gradients(out, (q, k, v))[1] for out in (kept, interop.l1_attention(q, k, v))), strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_fake_pairs_are_not_read():
+    with FakeTensorMode():
+        q, pairs = torch.empty(B, S, H, 8), torch.empty(4, 2, dtype=torch.int32)
+        assert interop.L1AttnSparse()(q, q, q, pairs, 4).shape == q.shape
 
 
 def test_nothing():

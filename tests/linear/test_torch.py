@@ -5,6 +5,7 @@ import copy
 import pytest
 
 torch = pytest.importorskip("torch")
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 import interop  # noqa: E402
 
@@ -142,6 +143,12 @@ def test_compile_func_and_autocast():
     close((each(q, k, v, g),), (expected,))
     with torch.autocast("cpu", torch.bfloat16):
         assert interop.chunk_simple_gla(q, k.half().float(), v)[0].dtype == torch.bfloat16
+
+
+def test_fake_tensors_have_shapes():
+    with FakeTensorMode():
+        q = torch.empty(B, S, H, 8)
+        assert interop.linear_attention(q, q, q, log_decay=torch.empty(H)).shape == (B, S, H, 8)
 
 
 def test_empty():
