@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from interop import _arguments
@@ -22,7 +24,9 @@ def scaled_dot_product_attention(
     """Softmax attention in O(N) memory: `out = dropout(softmax(scale query key^T + attn_mask)) value`.
 
     Args:
-        query: [B, H, L, E] in float16, bfloat16, float32 or float64, on CUDA or CPU. E <= 256.
+        query: [B, H, L, E] in float16, bfloat16, float32 or float64, on CUDA or CPU. E <= 256. In place of B
+            there may be none or several axes, the same in query, key, value and, broadcasting, attn_mask; in
+            place of B and H none.
         key: [B, Hk, S, E], same dtype. Hk = H, or a divisor of it with enable_gqa.
         value: [B, Hk, S, Ev], same dtype. Ev <= 256.
         attn_mask: broadcasts to [B, H, L, S]: bool, True = visible, or float32 or query's dtype, added to the
@@ -40,6 +44,8 @@ def scaled_dot_product_attention(
 
     Source: torch.nn.functional.scaled_dot_product_attention.
     """
+    if isinstance(query, Tensor) and query.dim() in (2, 3, 5, 6):
+        return _of_other_axes(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     for name, x in (("query", query), ("key", key), ("value", value)):
         _arguments.check_axes(name, x, "[batch, heads, seq, dim]")
     if key.shape[2] != value.shape[2]:
@@ -59,6 +65,19 @@ def scaled_dot_product_attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out, _ = attention(q, k, v, options, attn_mask=attn_mask)
     return out.transpose(1, 2)
+
+
+def _of_other_axes(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *options) -> Tensor:
+    """`scaled_dot_product_attention` with the axes before the heads, none or several, as one."""
+    lead = query.shape[:-3]
+    for name, x in (("key", key), ("value", value)):
+        if x.dim() != query.dim() or x.shape[:-3] != lead:
+            raise ValueError(f"{name}.shape={list(x.shape)} must begin as query.shape={list(query.shape)} does")
+    q, k, v = (x.reshape(math.prod(lead), math.prod(x.shape[-3:-2]), *x.shape[-2:]) for x in (query, key, value))
+    if attn_mask is not None and attn_mask.dim() > 3:
+        attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
+    out = scaled_dot_product_attention(q, k, v, attn_mask, *options)
+    return out.reshape(*query.shape[:-1], value.shape[-1])
 
 
 def causal_from_top_left(L: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -104,6 +104,11 @@ RAISES = [
         "alibi_slopes has no gradient: detach it",
     ),
     (
+        lambda: call(alibi_slopes=torch.zeros(2, 4, 5)),
+        ValueError,
+        r"alibi_slopes.shape=\[2, 4, 5\] must be \[H\]=\[4\] or \[B, H\]=\[2, 4\]",
+    ),
+    (
         lambda: flash_attn_qkvpacked_func(torch.zeros(2, 5, 2, 4, 8)),
         ValueError,
         r"qkv.shape=\[2, 5, 2, 4, 8\] must be \[batch, seq, 3, heads, dim\]",
@@ -114,9 +119,14 @@ RAISES = [
         r"kv.shape=\[2, 7, 2, 8\] must have 5 axes: \[batch, seq, 2, heads, dim\]",
     ),
     (
-        lambda: scaled_dot_product_attention(Q[0], K[0], K[0]),
+        lambda: scaled_dot_product_attention(Q[0, 0, 0], K[0], K[0]),
         ValueError,
-        r"query.shape=\[5, 4, 8\] must have 4 axes: \[batch, heads, seq, dim\]",
+        r"query.shape=\[8\] must have 4 axes: \[batch, heads, seq, dim\]",
+    ),
+    (
+        lambda: scaled_dot_product_attention(Q[:, None], Q[None], Q[:, None]),
+        ValueError,
+        r"key.shape=\[1, 2, 5, 4, 8\] must begin as query.shape=\[2, 1, 5, 4, 8\] does",
     ),
     (
         lambda: sdpa(enable_gqa=False),

@@ -54,6 +54,18 @@ def test_float_mask_is_added_and_has_a_gradient(shape):
     )
 
 
+@pytest.mark.parametrize("lead", [(), (4,), (2, 3, 4)], ids=str)
+def test_any_number_of_axes(lead):
+    """The mask broadcasts over the first of them."""
+    g = torch.Generator().manual_seed(3)
+    shapes = (*lead, 17, 8), (*lead, 29, 8), (*lead, 29, 8), (*lead[1:2], *lead[2:], 17, 29)
+    check(
+        lambda q, k, v, m: scaled_dot_product_attention(q, k, v, m),
+        lambda q, k, v, m: functional.scaled_dot_product_attention(q, k, v, m),
+        [torch.randn(shape, generator=g).requires_grad_() for shape in shapes],
+    )
+
+
 @pytest.mark.parametrize("shape", [(17, 29), (2, 1, 1, 29)], ids=str)
 def test_bool_mask_hides(shape):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.6
