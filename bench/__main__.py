@@ -1,4 +1,4 @@
-"""`python -m bench NAME`: measures, prints a table, and writes JSON and a plot."""
+"""`python -m bench NAME`: measures, prints a table, and writes JSON where `--out` says."""
 
 from __future__ import annotations
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+# pyright: reportMissingImports=false
 import argparse
 import dataclasses
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bench import results
-from bench.peers import FEATURES, PEERS, Case, Peer
-from bench.timing import Timed, interleaved
+from bench import results, run
+from bench.peers import Case, Peer, available, jax_peer, ready, torch_peer
+from bench.timing import interleaved
+from jflash import flash_attention
 
 TOKENS, WIDTH = 16384, 2048  # B * S and H * D of the sweep
-
-
-def cases(names: list[str]) -> Iterator[Case]:
-    for name in names:
-        yield from PRESETS[name]()
 
 
 def sweep(dims=(64, 128, 256), lengths=(512, 1024, 2048, 4096, 8192, 16384)) -> Iterator[Case]:
@@ -67,76 +64,132 @@ PRESETS = {
 }
 
 
+FEATURES: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "softcap": lambda case: {"softcap": 30.0},
+    "alibi": lambda case: {"alibi_slopes": 2.0 ** -jnp.linspace(1, 8, case.H)},
+    "segments": lambda case: {"segment_ids": _segments(case)},
+    "sinks": lambda case: {"sinks": jnp.zeros(case.H)},
+    "deterministic": lambda case: {"deterministic": True},
+    "dropout": lambda case: {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)},
+    "bias": lambda case: {"bias": jnp.zeros((1, case.H, case.Sq, case.Sk), jnp.bfloat16)},
+    "mask": lambda case: {"mask": jnp.ones((case.B, 1, 1, case.Sk), bool)},
+}
+
+
+def _segments(case: Case) -> jax.Array:
+    """Four of them, of equal length."""
+    ids = jnp.arange(case.Sq, dtype=jnp.int32) * 4 // case.Sq
+    return jnp.broadcast_to(ids, (case.B, case.Sq))
+
+
+def _jflash(case: Case, **options) -> Callable:
+    if case.feature is not None:
+        options |= FEATURES[case.feature](case)
+    return functools.partial(flash_attention, causal=case.causal, window=case.window, **options)
+
+
+def _jax_nn(implementation: str, case: Case) -> Callable:
+    if case.D != case.Dv:
+        raise NotImplementedError("jax.nn wants one head dim")
+    attend: Any = jax.nn.dot_product_attention
+    return functools.partial(
+        attend,
+        is_causal=case.causal,
+        local_window_size=case.window,
+        implementation=implementation,
+    )
+
+
+def _tokamax(case: Case) -> Callable:
+    import tokamax
+
+    return functools.partial(
+        tokamax.dot_product_attention, is_causal=case.causal, local_window_size=case.window, implementation="mosaic"
+    )
+
+
+def _jla(backward: str, case: Case) -> Callable:
+    from jla.ops.mosaic_gpu.attention import flash_attention as jla
+
+    if not case.causal or case.Sq != case.Sk:
+        raise NotImplementedError("jla is causal self-attention")
+    window = None if case.window is None else case.window[0] + 1
+    return functools.partial(jla, sliding_window=window, backward=backward)
+
+
+def _fa3_jax(case: Case) -> Callable:
+    from dew_flash_attn import flash_mha
+
+    return functools.partial(flash_mha, is_causal=case.causal, window_size=case.window or (-1, -1))
+
+
+def _fa3_torch(case: Case) -> Callable:
+    from fa3_fwd_interface import flash_attn_func
+
+    return functools.partial(flash_attn_func, causal=case.causal, window_size=case.window or (-1, -1))
+
+
+def _sdpa(backend: str | None, case: Case) -> Callable:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if case.window is not None or (case.causal and case.Sq != case.Sk):
+        raise NotImplementedError("SDPA has no window and aligns causal masks to the top left")
+    attend = functools.partial(
+        torch.nn.functional.scaled_dot_product_attention, is_causal=case.causal, enable_gqa=case.H != case.Hk
+    )
+    if backend is None:
+        return attend
+
+    def chosen(*qkv):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return attend(*qkv)
+
+    return chosen
+
+
+def _peer(name: str, prepare: Any, *needs: str, devices=("cuda",), features=False) -> Peer:
+    return Peer(name, needs, devices, prepare, features)
+
+
+PEERS = (
+    _peer("jflash", jax_peer(_jflash), devices=("cpu", "cuda"), features=True),
+    _peer("jflash:deterministic", jax_peer(functools.partial(_jflash, deterministic=True))),
+    _peer("fa3", jax_peer(_fa3_jax), "dew_flash_attn"),
+    _peer("fa3:torch", torch_peer(_fa3_torch), "fa3_fwd_interface"),
+    _peer("cudnn:jax", jax_peer(functools.partial(_jax_nn, "cudnn"))),
+    _peer("cudnn:torch", torch_peer(functools.partial(_sdpa, "CUDNN_ATTENTION"), True), "torch"),
+    _peer("fa2:torch", torch_peer(functools.partial(_sdpa, "FLASH_ATTENTION"), True), "torch"),
+    _peer("tokamax", jax_peer(_tokamax), "tokamax"),
+    _peer("jla:ranged", jax_peer(functools.partial(_jla, "ranged")), "jla"),
+    _peer("jla:fused", jax_peer(functools.partial(_jla, "fused")), "jla"),
+    _peer("torch SDPA", torch_peer(functools.partial(_sdpa, None), True), "torch", devices=("cpu",)),
+    _peer("jax.nn", jax_peer(functools.partial(_jax_nn, "xla")), devices=("cpu", "cuda")),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cases", nargs="+", choices=PRESETS, help="what to run [sweep on a GPU, else cpu]")
-    parser.add_argument("--directions", nargs="+", choices=("forward", "backward", "both"))
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--impls", nargs="+", help="only these implementations [all that are installed]")
-    parser.add_argument("--rounds", type=int, default=5, help="turns each implementation gets [5]")
-    parser.add_argument("--seconds", type=float, default=0.1, help="length of a turn [0.1]")
-    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    run.add_arguments(parser, PRESETS, "sweep")
 
 
 def main(args: argparse.Namespace) -> results.Report:
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    on_gpu = device == "cuda"
-    peers = available(PEERS, device, args.impls)
-    dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    name = jax.devices()[0].device_kind if on_gpu else results.cpu_name()
-    report = results.new_report(name, matmul_tflops() if on_gpu else None)
-    for case in cases(args.cases or (["sweep"] if on_gpu else ["cpu"])):
-        for direction in args.directions or (["forward", "backward"] if on_gpu else ["forward", "both"]):
-            report.rows += _measure(peers, case, dtype, direction, args, on_gpu)
-            if args.out:
-                report.save(args.out)  # a run that is cut off leaves what it measured
+    peers, dtype, report = available(PEERS, args.impls), run.dtype(args), run.new_report()
+    for preset in run.presets(args, "sweep"):
+        for case in PRESETS[preset]():
+            for direction in run.directions(args, ("forward", "backward"), ("forward", "both")):
+                report.add(_measure(peers, case, dtype, direction, args), args.out)
     results.show(report)
     return report
 
 
-def matmul_tflops(n: int = 8192) -> float:
-    """The same run's bf16 matrix product, to compare boards by."""
-    x, y = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
-    product = jax.jit(lambda x, y: x @ y)
-    spread = interleaved({"matmul": Timed(lambda: product(x, y), jax.block_until_ready)})
-    return 2 * n**3 / spread["matmul"].ms / 1e9
-
-
-def available(peers: Iterable[Peer], device: str, wanted: list[str] | None) -> list[Peer]:
-    """Those that can run here, of all or of the wanted names; says why of the others."""
-    found = []
-    for peer in peers:
-        if wanted is not None and peer.name not in wanted:
-            continue
-        reason = peer.why_not(device)
-        print(f"{peer.name:<22} {'here' if reason is None else 'not here: ' + reason}", flush=True)
-        if reason is None:
-            found.append(peer)
-    return found
-
-
-def ready(peers: Iterable[Peer], case: Any, dtype: str, direction: str) -> dict[str, Timed]:
-    """The peers that can do a case, after a first run; says why of the others."""
-    found: dict[str, Timed] = {}
-    for peer in peers:
-        try:
-            timed = peer.prepare(case, dtype, direction)
-            timed.wait(timed.run())
-            found[peer.name] = timed
-        except Exception as error:
-            print(f"  {peer.name} {direction}: {type(error).__name__}: {str(error)[:160]}".replace("\n", " "))
-    return found
-
-
-def _measure(peers: list[Peer], case: Case, dtype: str, direction: str, args, on_gpu: bool) -> list[results.Row]:
+def _measure(peers: list[Peer], case: Case, dtype: str, direction: str, args) -> list[results.Row]:
     shape = dataclasses.asdict(case)
-    flops = case.flops(direction)
     rows = []
     peers = [peer for peer in peers if case.feature is None or peer.features]
     for name, spread in interleaved(ready(peers, case, dtype, direction), args.rounds, args.seconds).items():
-        tflops = flops / spread.ms / 1e9 if on_gpu else None
-        rows.append(
-            results.Row("attention", direction, name, dtype, shape, **dataclasses.asdict(spread), tflops=tflops)
-        )
+        tflops = case.flops(direction) / spread.ms / 1e9 if run.on_gpu() else None
+        numbers = dataclasses.asdict(spread)
+        rows.append(results.Row("attention", direction, name, dtype, shape, **numbers, tflops=tflops))
     line = "  ".join(f"{r.impl} {r.tflops:.0f}" if r.tflops else f"{r.impl} {r.ms:.1f}ms" for r in rows)
     print(f"{results.label(shape)} {direction}: {line}", flush=True)
     return rows

@@ -8,16 +8,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import results
-from bench.attention import available, matmul_tflops, ready
-from bench.peers import Peer
+from bench import results, run
+from bench.peers import Peer, available, ready
 from bench.timing import Timed, interleaved
 from jflash import flash_attention_with_kvcache
 
@@ -51,7 +49,7 @@ class Case:
 
     def copies(self, itemsize: int) -> int:
         """Caches that take turns."""
-        return min(32, math.ceil(COLD / self.bytes(itemsize))) if jax.default_backend() == "gpu" else 1
+        return min(32, math.ceil(COLD / self.bytes(itemsize))) if run.on_gpu() else 1
 
     def table(self) -> np.ndarray:
         """Pages in random order."""
@@ -219,25 +217,14 @@ PEERS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cases", nargs="+", choices=PRESETS, help="what to run [all on a GPU, else cpu]")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--impls", nargs="+", help="only these implementations [all that are installed]")
-    parser.add_argument("--rounds", type=int, default=5, help="turns each implementation gets [5]")
-    parser.add_argument("--seconds", type=float, default=0.1, help="length of a turn [0.1]")
-    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    run.add_arguments(parser, PRESETS, "all", directions=())
 
 
 def main(args: argparse.Namespace) -> results.Report:
-    on_gpu = jax.default_backend() == "gpu"
-    peers = available(PEERS, "cuda" if on_gpu else "cpu", args.impls)
-    name = jax.devices()[0].device_kind if on_gpu else results.cpu_name()
-    report = results.new_report(name, matmul_tflops() if on_gpu else None)
-    dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    for preset in args.cases or ([x for x in PRESETS if x != "cpu"] if on_gpu else ["cpu"]):
+    peers, dtype, report = available(PEERS, args.impls), run.dtype(args), run.new_report()
+    for preset in run.presets(args, *(name for name in PRESETS if name != "cpu")):
         for case in PRESETS[preset]():
-            report.rows += _measure(peers, case, dtype, args)
-            if args.out:
-                report.save(args.out)  # a run that is cut off leaves what it measured
+            report.add(_measure(peers, case, dtype, args), args.out)
     results.show(report)
     return report
 

@@ -14,11 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from bench import results
-from bench.attention import available, ready
-from bench.peers import Case, Peer, torch_peer
+from bench import results, run
+from bench.peers import Case, Peer, available, ready, torch_peer
 from bench.timing import Timed
 
 CALLS = 50  # queued in a turn: fewer than the GPU takes before the host must wait
@@ -95,29 +92,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> results.Report:
-    on_gpu = jax.default_backend() == "gpu"
-    peers = available(PEERS, "cuda" if on_gpu else "cpu", args.impls)
-    report = results.new_report(jax.devices()[0].device_kind if on_gpu else results.cpu_name())
+    peers, report = available(PEERS, args.impls), run.new_report(with_matmul=False)
     tasks = [(case, args.dtype, direction) for case in CASES for direction in args.directions]
-    for (case, dtype, direction), candidates in zip(tasks, _prepared(peers, tasks, on_gpu), strict=True):
+    for (case, dtype, direction), candidates in zip(tasks, _prepared(peers, tasks), strict=True):
         shape = dataclasses.asdict(case)
         found = _measure(candidates, args.rounds)
         rows = [results.Row("interop", direction, name, dtype, shape, **row) for name, row in found.items()]
-        report.rows += rows
         line = "  ".join(f"{row.impl} {row.host_us:.1f}" for row in rows)
         print(f"{results.label(shape)} {direction}, host us a call: {line}", flush=True)
-        if args.out:
-            report.save(args.out)
+        report.add(rows, args.out)
     return report
 
 
-def _prepared(peers: list[Peer], tasks: list[tuple], on_gpu: bool) -> list[dict[str, Timed]]:
+def _prepared(peers: list[Peer], tasks: list[tuple]) -> list[dict[str, Timed]]:
     """What can do each task, compiled side by side: that takes longer than to time. The bridge's calls come last."""
-    if on_gpu:  # a first call alone: it tries out direct launches, which every thread would do by itself
+    if run.on_gpu():  # a first call alone: it tries out direct launches, which every thread would do by itself
         torch_peer(_ours)(*tasks[0]).run()
     bridge = [peer for peer in peers if peer.prepare is _bridge]
     others = [peer for peer in peers if peer.prepare is not _bridge]
-    with ThreadPoolExecutor(len(tasks) if on_gpu else 1) as pool:
+    with ThreadPoolExecutor(len(tasks) if run.on_gpu() else 1) as pool:
         found = list(pool.map(lambda task: ready(others, *task), tasks))
         with _bridged():
             return [a | b for a, b in zip(found, pool.map(lambda task: ready(bridge, *task), tasks), strict=True)]

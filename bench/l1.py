@@ -8,14 +8,12 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from bench import results
-from bench.attention import available, matmul_tflops, ready
-from bench.peers import Case, Peer, jax_peer, torch_peer
+from bench import results, run
+from bench.peers import Case, Peer, available, jax_peer, ready, torch_peer
 from bench.timing import Spread, Timed, interleaved
 from jflash import l1_attention
 
@@ -89,7 +87,7 @@ def _check_plain(case: Case) -> None:
     """Without a mask or groups, and with scores that fit the memory a few times over."""
     if case.causal or case.H != case.Hk:
         raise NotImplementedError("the formula is without a mask and groups")
-    scores, most = case.B * case.H * case.Sq * case.Sk, 2e9 if jax.default_backend() == "gpu" else 3e8
+    scores, most = case.B * case.H * case.Sq * case.Sk, 2e9 if run.on_gpu() else 3e8
     if scores > most:
         raise NotImplementedError(f"{scores:.1g} scores in memory must be <= {most:.1g}")
 
@@ -103,36 +101,24 @@ PEERS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cases", nargs="+", choices=PRESETS, help="what to run [goals on a GPU, else cpu]")
-    parser.add_argument("--directions", nargs="+", choices=("forward", "backward", "both"))
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--impls", nargs="+", help="only these implementations [all that are installed]")
-    parser.add_argument("--rounds", type=int, default=5, help="turns each implementation gets [5]")
-    parser.add_argument("--seconds", type=float, default=0.1, help="length of a turn [0.1]")
+    run.add_arguments(parser, PRESETS, "goals")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which torch is left out [600]")
-    parser.add_argument("--out", type=Path, help="where the JSON goes")
 
 
 def main(args: argparse.Namespace) -> results.Report:
     end = time.monotonic() + args.limit
-    on_gpu = jax.default_backend() == "gpu"
-    peers = available(PEERS, "cuda" if on_gpu else "cpu", args.impls)
-    name = jax.devices()[0].device_kind if on_gpu else results.cpu_name()
-    report = results.new_report(name, matmul_tflops() if on_gpu else None)
-    presets = args.cases or (["goals"] if on_gpu else ["cpu"])
-    cases = [case for preset in presets for case in PRESETS[preset]()]
-    dtypes = args.dtype or (["float32", "bfloat16"] if on_gpu else ["float32"])
+    peers, report = available(PEERS, args.impls), run.new_report()
+    cases = [case for preset in run.presets(args, "goals") for case in PRESETS[preset]()]
+    dtypes = [args.dtype] if args.dtype else ["float32", "bfloat16"] if run.on_gpu() else ["float32"]
     compiled = [peer for peer in peers if not peer.needs]
     torch_ones = [peer for peer in peers if peer.needs]
-    for direction in args.directions or (["forward", "backward"] if on_gpu else ["forward"]):
+    for direction in run.directions(args, ("forward", "backward"), ("forward",)):
         tasks = list(itertools.product(cases, dtypes, [direction]))
-        with ThreadPoolExecutor(8 if on_gpu else 1) as pool:  # to compile takes longer than to time
+        with ThreadPoolExecutor(8 if run.on_gpu() else 1) as pool:  # to compile takes longer than to time
             prepared = list(pool.map(lambda task: ready(compiled, *task), tasks))
         for task, found in zip(tasks, prepared, strict=True):
             found |= ready(torch_ones, *task) if time.monotonic() < end else {}
-            report.rows += _measure(found, *task, args)
-            if args.out:
-                report.save(args.out)  # a run that is cut off leaves what it measured
+            report.add(_measure(found, *task, args), args.out)
     results.show(report)
     return report
 
@@ -151,7 +137,7 @@ def _measure(found: dict[str, Timed], case: Case, dtype: str, direction: str, ar
 def _timed(found: dict[str, Timed], args) -> dict[str, Spread]:
     """In turns; on a GPU, those that take longer than a turn after the others, in two turns of their own."""
     slow = {}
-    if jax.default_backend() == "gpu":
+    if run.on_gpu():
         slow = {name: timed for name, timed in found.items() if _seconds(timed) > args.seconds}
     quick = {name: timed for name, timed in found.items() if name not in slow}
     return interleaved(quick, args.rounds, args.seconds) | interleaved(slow, 2, args.seconds)
@@ -165,6 +151,6 @@ def _seconds(timed: Timed) -> float:
 
 def _limit(case: Case, direction: str) -> str:
     """A subtraction and an addition for each feature of each pair, on an H100 that does nothing else."""
-    if jax.default_backend() != "gpu" or direction != "forward":
+    if not run.on_gpu() or direction != "forward":
         return ""
     return f"  two instructions {2 * case.B * case.H * case.visible * case.D / ADDITIONS_PER_MS:.2f}ms"

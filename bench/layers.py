@@ -6,16 +6,14 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import results
-from bench.attention import available, ready
-from bench.peers import Peer
+from bench import results, run
+from bench.peers import Peer, available, ready
 from bench.timing import Timed, interleaved
 from jflash import layers
 
@@ -176,25 +174,15 @@ PEERS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cases", choices=PRESETS, help="what to run [gpu on one, else cpu]")
-    parser.add_argument("--directions", nargs="+", choices=("forward", "both"), default=["forward", "both"])
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--impls", nargs="+", help="only these implementations [all that are installed]")
-    parser.add_argument("--rounds", type=int, default=5, help="turns each implementation gets [5]")
-    parser.add_argument("--seconds", type=float, default=0.1, help="length of a turn [0.1]")
-    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    run.add_arguments(parser, PRESETS, "gpu", directions=("forward", "both"))
 
 
 def main(args: argparse.Namespace) -> results.Report:
-    on_gpu = jax.default_backend() == "gpu"
-    peers = available(PEERS, "cuda" if on_gpu else "cpu", args.impls)
-    report = results.new_report(jax.devices()[0].device_kind if on_gpu else results.cpu_name())
-    dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    for case in PRESETS[args.cases or ("gpu" if on_gpu else "cpu")]():
-        for direction in args.directions:
-            report.rows += _measure(peers, case, dtype, direction, args)
-            if args.out:
-                report.save(args.out)  # a run that is cut off leaves what it measured
+    peers, dtype, report = available(PEERS, args.impls), run.dtype(args), run.new_report(with_matmul=False)
+    for preset in run.presets(args, "gpu"):
+        for case in PRESETS[preset]():
+            for direction in args.directions or ("forward", "both"):
+                report.add(_measure(peers, case, dtype, direction, args), args.out)
     results.show(report)
     return report
 

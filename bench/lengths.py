@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench import results
+from bench import plots, results
 from bench.plots import OURS, PEERS
 
 TITLES = {"both": "forward and backward"}
@@ -32,23 +31,11 @@ def draw(report: results.Report, path: Path) -> None:
         ticks = sorted({row.shape["Sq"] for row in report.rows})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)
     row = report.rows[0]
     figure.suptitle(f"{report.device}, {row.dtype}, B{row.shape['B']} H{row.shape['H']} D{row.shape['D']}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draws a results file of one shape at many lengths.")
-    parser.add_argument("results", type=Path, help="a file of bench/results")
-    parser.add_argument("plot", type=Path, help="the PNG to write")
-    args = parser.parse_args()
-    draw(results.load(args.results), args.plot)
-    print(f"wrote {args.plot}")
+    plots.save(figure, path)
 
 
 if __name__ == "__main__":
-    main()
+    plots.main(draw, "Draws a results file of one shape at many lengths.")

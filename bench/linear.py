@@ -7,14 +7,12 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from bench import results
-from bench.attention import available, matmul_tflops, ready
-from bench.peers import Peer, jax_peer, torch_peer
+from bench import results, run
+from bench.peers import Peer, available, jax_peer, ready, torch_peer
 from bench.timing import Timed, interleaved
 from jflash import LinearAttentionState, flash_attention, linear_attention, linear_attention_step
 
@@ -91,7 +89,7 @@ def seeds() -> Iterator[Case]:
 
 def lengths() -> Iterator[Case]:
     """As long as a mask of all pairs and its gradient fit the memory."""
-    for S in 2 ** jnp.arange(9, 15 if jax.default_backend() == "gpu" else 13):
+    for S in 2 ** jnp.arange(9, 15 if run.on_gpu() else 13):
         yield square(1, int(S), 4, 64, decay="head")
 
 
@@ -210,7 +208,7 @@ def _jla(case: Case) -> Callable:
 
 def _check_room(case: Case) -> None:
     """The weights of all heads fit the memory, a few times over."""
-    weights, most = case.B * case.H * case.Sq * case.Sk, 5e9 if jax.default_backend() == "gpu" else 3e8
+    weights, most = case.B * case.H * case.Sq * case.Sk, 5e9 if run.on_gpu() else 3e8
     if weights > most:
         raise NotImplementedError(f"{weights:.1g} weights in memory must be <= {most:.1g}")
 
@@ -238,29 +236,16 @@ OTHER_FORMS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cases", nargs="+", choices=PRESETS, help="what to run [goals and masked on a GPU, else cpu]")
-    parser.add_argument("--directions", nargs="+", choices=("forward", "backward", "both"))
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--impls", nargs="+", help="only these implementations [all that are installed]")
-    parser.add_argument("--rounds", type=int, default=5, help="turns each implementation gets [5]")
-    parser.add_argument("--seconds", type=float, default=0.1, help="length of a turn [0.1]")
-    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    run.add_arguments(parser, PRESETS, "goals, masked and decode")
 
 
 def main(args: argparse.Namespace) -> results.Report:
-    on_gpu = jax.default_backend() == "gpu"
-    peers = available(PEERS, "cuda" if on_gpu else "cpu", args.impls)
-    dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    name = jax.devices()[0].device_kind if on_gpu else results.cpu_name()
-    report = results.new_report(name, matmul_tflops() if on_gpu else None)
-    presets = args.cases or (["goals", "masked", "decode"] if on_gpu else ["cpu"])
-    for preset in presets:
+    peers, dtype, report = available(PEERS, args.impls), run.dtype(args), run.new_report()
+    for preset in run.presets(args, "goals", "masked", "decode"):
         forms = OTHER_FORMS if preset == "lengths" else ()
         for case in PRESETS[preset]():
             for direction in ("forward",) if case.Sq == 1 else args.directions or ("forward", "both"):
-                report.rows += _measure([*peers, *forms], case, dtype, direction, args)
-                if args.out:
-                    report.save(args.out)  # a run that is cut off leaves what it measured
+                report.add(_measure([*peers, *forms], case, dtype, direction, args), args.out)
     results.show(report)
     return report
 
@@ -273,7 +258,7 @@ def _measure(peers: list[Peer], case: Case, dtype: str, direction: str, args) ->
     for name, spread in timed.items():
         numbers = dataclasses.asdict(spread)
         gbps = None if size is None else size / spread.ms / 1e6
-        tflops = None if flops is None or jax.default_backend() == "cpu" else flops / spread.ms / 1e9
+        tflops = None if flops is None or not run.on_gpu() else flops / spread.ms / 1e9
         rows.append(results.Row(case.family, direction, name, dtype, shape, **numbers, tflops=tflops, gbps=gbps))
     floor = "" if size is None else f"  floor {1e3 * size / memory_rate():.2f}ms"
     line = "  ".join(f"{row.impl} {row.ms:.2f}ms" for row in rows)
@@ -284,7 +269,7 @@ def _measure(peers: list[Peer], case: Case, dtype: str, direction: str, args) ->
 @functools.cache
 def memory_rate() -> float:
     """Bytes a second of this run, reading and writing one large array: what the floors are printed by."""
-    x = jnp.ones(2**28 if jax.default_backend() == "gpu" else 2**25, jnp.float32)
+    x = jnp.ones(2**28 if run.on_gpu() else 2**25, jnp.float32)
     negate = jax.jit(jnp.negative)
     spread = interleaved({"copy": Timed(lambda: negate(x), jax.block_until_ready)})
     return 2e3 * x.nbytes / spread["copy"].ms

@@ -5,11 +5,10 @@ A peer makes, for a case, a `Timed` for each direction it can do, or raises; the
 
 from __future__ import annotations
 
-# pyright: reportMissingImports=false
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.timing import Timed
-from jflash import flash_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Case:
     Dv: int
     causal: bool = False
     window: tuple[int, int] | None = None
-    feature: str | None = None  # one of FEATURES, of ours alone
+    feature: str | None = None  # one of bench.attention's FEATURES, of ours alone
 
     @property
     def visible(self) -> int:
@@ -119,97 +117,13 @@ def torch_peer(function: Callable[[Any], Callable], heads_first: bool = False, i
     return prepare
 
 
-FEATURES: dict[str, Callable[[Case], dict[str, Any]]] = {
-    "softcap": lambda case: {"softcap": 30.0},
-    "alibi": lambda case: {"alibi_slopes": 2.0 ** -jnp.linspace(1, 8, case.H)},
-    "segments": lambda case: {"segment_ids": _segments(case)},
-    "sinks": lambda case: {"sinks": jnp.zeros(case.H)},
-    "deterministic": lambda case: {"deterministic": True},
-    "dropout": lambda case: {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)},
-    "bias": lambda case: {"bias": jnp.zeros((1, case.H, case.Sq, case.Sk), jnp.bfloat16)},
-    "mask": lambda case: {"mask": jnp.ones((case.B, 1, 1, case.Sk), bool)},
-}
-
-
-def _segments(case: Case) -> jax.Array:
-    """Four of them, of equal length."""
-    ids = jnp.arange(case.Sq, dtype=jnp.int32) * 4 // case.Sq
-    return jnp.broadcast_to(ids, (case.B, case.Sq))
-
-
-def _jflash(case: Case, **options) -> Callable:
-    if case.feature is not None:
-        options |= FEATURES[case.feature](case)
-    return functools.partial(flash_attention, causal=case.causal, window=case.window, **options)
-
-
-def _jax_nn(implementation: str, case: Case) -> Callable:
-    if case.D != case.Dv:
-        raise NotImplementedError("jax.nn wants one head dim")
-    attend: Any = jax.nn.dot_product_attention
-    return functools.partial(
-        attend,
-        is_causal=case.causal,
-        local_window_size=case.window,
-        implementation=implementation,
-    )
-
-
-def _tokamax(case: Case) -> Callable:
-    import tokamax
-
-    return functools.partial(
-        tokamax.dot_product_attention, is_causal=case.causal, local_window_size=case.window, implementation="mosaic"
-    )
-
-
-def _jla(backward: str, case: Case) -> Callable:
-    from jla.ops.mosaic_gpu.attention import flash_attention as jla
-
-    if not case.causal or case.Sq != case.Sk:
-        raise NotImplementedError("jla is causal self-attention")
-    window = None if case.window is None else case.window[0] + 1
-    return functools.partial(jla, sliding_window=window, backward=backward)
-
-
-def _fa3_jax(case: Case) -> Callable:
-    from dew_flash_attn import flash_mha
-
-    return functools.partial(flash_mha, is_causal=case.causal, window_size=case.window or (-1, -1))
-
-
-def _fa3_torch(case: Case) -> Callable:
-    from fa3_fwd_interface import flash_attn_func
-
-    return functools.partial(flash_attn_func, causal=case.causal, window_size=case.window or (-1, -1))
-
-
-def _sdpa(backend: str | None, case: Case) -> Callable:
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    if case.window is not None or (case.causal and case.Sq != case.Sk):
-        raise NotImplementedError("SDPA has no window and aligns causal masks to the top left")
-    attend = functools.partial(
-        torch.nn.functional.scaled_dot_product_attention, is_causal=case.causal, enable_gqa=case.H != case.Hk
-    )
-    if backend is None:
-        return attend
-
-    def chosen(*qkv):
-        with sdpa_kernel(getattr(SDPBackend, backend)):
-            return attend(*qkv)
-
-    return chosen
-
-
 @dataclasses.dataclass(frozen=True)
 class Peer:
     name: str
     needs: tuple[str, ...]  # modules
     devices: tuple[str, ...]
     prepare: Callable[[Case, str, str], Timed]
-    features: bool = False  # of FEATURES
+    features: bool = False  # whether it can have a case's feature
 
     def why_not(self, device: str) -> str | None:
         """Why it cannot run here at all."""
@@ -223,21 +137,27 @@ class Peer:
         return None
 
 
-def _peer(name: str, prepare: Any, *needs: str, devices=("cuda",), features=False) -> Peer:
-    return Peer(name, needs, devices, prepare, features)
+def available(peers: Iterable[Peer], wanted: list[str] | None) -> list[Peer]:
+    """Those that can run here, of all or of the wanted names; says why of the others."""
+    found, device = [], "cuda" if jax.default_backend() == "gpu" else "cpu"
+    for peer in peers:
+        if wanted is not None and peer.name not in wanted:
+            continue
+        reason = peer.why_not(device)
+        print(f"{peer.name:<22} {'here' if reason is None else 'not here: ' + reason}", flush=True)
+        if reason is None:
+            found.append(peer)
+    return found
 
 
-PEERS = (
-    _peer("jflash", jax_peer(_jflash), devices=("cpu", "cuda"), features=True),
-    _peer("jflash:deterministic", jax_peer(functools.partial(_jflash, deterministic=True))),
-    _peer("fa3", jax_peer(_fa3_jax), "dew_flash_attn"),
-    _peer("fa3:torch", torch_peer(_fa3_torch), "fa3_fwd_interface"),
-    _peer("cudnn:jax", jax_peer(functools.partial(_jax_nn, "cudnn"))),
-    _peer("cudnn:torch", torch_peer(functools.partial(_sdpa, "CUDNN_ATTENTION"), True), "torch"),
-    _peer("fa2:torch", torch_peer(functools.partial(_sdpa, "FLASH_ATTENTION"), True), "torch"),
-    _peer("tokamax", jax_peer(_tokamax), "tokamax"),
-    _peer("jla:ranged", jax_peer(functools.partial(_jla, "ranged")), "jla"),
-    _peer("jla:fused", jax_peer(functools.partial(_jla, "fused")), "jla"),
-    _peer("torch SDPA", torch_peer(functools.partial(_sdpa, None), True), "torch", devices=("cpu",)),
-    _peer("jax.nn", jax_peer(functools.partial(_jax_nn, "xla")), devices=("cpu", "cuda")),
-)
+def ready(peers: Iterable[Peer], case: Any, dtype: str, direction: str) -> dict[str, Timed]:
+    """The peers that can do a case, after a first run; says why of the others."""
+    found: dict[str, Timed] = {}
+    for peer in peers:
+        try:
+            timed = peer.prepare(case, dtype, direction)
+            timed.wait(timed.run())
+            found[peer.name] = timed
+        except Exception as error:
+            print(f"  {peer.name} {direction}: {type(error).__name__}: {str(error)[:160]}".replace("\n", " "))
+    return found

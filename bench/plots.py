@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -38,6 +39,14 @@ def draw(report: results.Report, path: Path) -> None:
     handles = {text: line for axes in panels for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
     figure.suptitle(f"{report.device}, {report.date}")
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """With a grid, and without the frame's upper and right side."""
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -58,8 +67,6 @@ def _panel(axes: Axes, rows: list[results.Row], colors: dict[str, str]) -> None:
         axes.set_xlim(left=0)
     else:
         axes.set_xscale("log")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _label(row: results.Row) -> str:
@@ -76,8 +83,8 @@ def _colors(rows: list[results.Row]) -> dict[str, str]:
     return colors | {impl: PEERS[i % len(PEERS)] for i, impl in enumerate(peers)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draws a results file.")
+def main(draw: Callable[[results.Report, Path], None], description: str) -> None:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("results", type=Path, help="a file of bench/results")
     parser.add_argument("plot", type=Path, help="the PNG to write")
     args = parser.parse_args()
@@ -86,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(draw, "Draws a results file.")

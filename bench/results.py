@@ -59,6 +59,12 @@ class Report:
     matmul_tflops: float | None
     rows: list[Row]
 
+    def add(self, rows: list[Row], path: Path | None) -> None:
+        """Saved at once, if at all: a run that is cut off leaves what it measured."""
+        self.rows += rows
+        if path:
+            self.save(path)
+
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
@@ -104,27 +110,29 @@ def label(shape: dict[str, Any]) -> str:
     return text + (f" {s['feature']}" if s.get("feature") else "")
 
 
+UNITS = {"tflops": "TF/s", "gbps": "GB/s", "ms": "ms"}
+
+
 def show(report: Report) -> None:
     """One line a case and one column an implementation; the fastest is bold."""
     impls = list(dict.fromkeys(row.impl for row in report.rows))
-    unit = next((u for u, x in (("TF/s", "tflops"), ("GB/s", "gbps")) if getattr(report.rows[0], x) is not None), "ms")
-    table = Table(title=f"{report.device}, {unit}", title_justify="left")
+    field = next((x for x in ("tflops", "gbps") if all(getattr(row, x) is not None for row in report.rows)), "ms")
+    table = Table(title=f"{report.device}, {UNITS[field]}", title_justify="left")
     for column in ("case", "direction", *impls):
         table.add_column(column, justify="left" if column in ("case", "direction") else "right")
     for case in dict.fromkeys(row.case for row in report.rows):
         rows = {row.impl: row for row in report.rows if row.case == case}
         best = min(row.ms for row in rows.values())
-        cells = [_cell(rows.get(impl), best) for impl in impls]
+        cells = [_cell(rows.get(impl), field, best) for impl in impls]
         first = next(iter(rows.values()))
         table.add_row(f"{first.dtype} {label(first.shape)}", first.direction, *cells)
     Console(width=200).print(table)
 
 
-def _cell(row: Row | None, best: float) -> str:
+def _cell(row: Row | None, field: str, best: float) -> str:
     if row is None:
         return "-"
-    rate = row.gbps if row.tflops is None else row.tflops
-    text = f"{row.ms:.2f}" if rate is None else f"{rate:.0f}"
+    text = f"{getattr(row, field):.{2 if field == 'ms' else 0}f}"
     return f"[bold]{text}[/bold]" if row.ms == best else text
 
 

@@ -15,8 +15,8 @@ from unittest import mock
 
 import jax
 
-from bench import results
-from bench.attention import TOKENS, WIDTH, matmul_tflops
+from bench import results, run
+from bench.attention import TOKENS, WIDTH
 from bench.peers import Case, jax_inputs
 from bench.timing import Timed, interleaved
 from jflash import flash_attention
@@ -50,14 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    report = results.new_report(jax.devices()[0].device_kind, matmul_tflops())
+    report = run.new_report()
     for direction in args.directions:
         for dim in args.dims:
             found = [_measure(direction, dim, causal, args) for causal in (False, True)]
-            report.rows += [row for rows in found for row in rows]
+            report.add([row for rows in found for row in rows], args.out)
             print("\n".join(lines(direction, dim, *found)), flush=True)
-            if args.out:
-                report.save(args.out)
 
 
 def lines(direction: str, dim: int, full: list[results.Row], causal: list[results.Row]) -> list[str]:

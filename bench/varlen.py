@@ -7,15 +7,13 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import peers, results
-from bench.attention import available, matmul_tflops, ready
-from bench.peers import Peer, jax_peer, torch_peer
+from bench import peers, results, run
+from bench.peers import Peer, available, jax_peer, ready, torch_peer
 from bench.timing import interleaved
 from jflash import flash_attention, flash_attention_varlen
 
@@ -138,36 +136,24 @@ PEERS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cases", nargs="+", choices=PRESETS, help="what to run [on a GPU all, else cpu]")
-    parser.add_argument("--directions", nargs="+", choices=("forward", "backward", "both"))
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--impls", nargs="+", help="only these implementations [all that are installed]")
-    parser.add_argument("--rounds", type=int, default=5, help="turns each implementation gets [5]")
-    parser.add_argument("--seconds", type=float, default=0.1, help="length of a turn [0.1]")
-    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    run.add_arguments(parser, PRESETS, "all")
 
 
 def main(args: argparse.Namespace) -> results.Report:
-    on_gpu = jax.default_backend() == "gpu"
-    found = available(PEERS, "cuda" if on_gpu else "cpu", args.impls)
-    name = jax.devices()[0].device_kind if on_gpu else results.cpu_name()
-    report = results.new_report(name, matmul_tflops() if on_gpu else None)
-    dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    for preset in args.cases or ([x for x in PRESETS if x != "cpu"] if on_gpu else ["cpu"]):
+    found, dtype, report = available(PEERS, args.impls), run.dtype(args), run.new_report()
+    for preset in run.presets(args, *(name for name in PRESETS if name != "cpu")):
         for case in PRESETS[preset]():
-            for direction in args.directions or (["forward", "backward"] if on_gpu else ["forward", "both"]):
-                report.rows += _measure(found, case, dtype, direction, args, on_gpu)
-                if args.out:
-                    report.save(args.out)  # a run that is cut off leaves what it measured
+            for direction in run.directions(args, ("forward", "backward"), ("forward", "both")):
+                report.add(_measure(found, case, dtype, direction, args), args.out)
     results.show(report)
     return report
 
 
-def _measure(found: list[Peer], case: Case, dtype: str, direction: str, args, on_gpu: bool) -> list[results.Row]:
+def _measure(found: list[Peer], case: Case, dtype: str, direction: str, args) -> list[results.Row]:
     shape, rows = dataclasses.asdict(case), []
     for name, spread in interleaved(ready(found, case, dtype, direction), args.rounds, args.seconds).items():
         flops = (case.dense if name == "jflash:dense" else case).flops(direction)
-        tflops = flops / spread.ms / 1e9 if on_gpu else None
+        tflops = flops / spread.ms / 1e9 if run.on_gpu() else None
         rows.append(results.Row("varlen", direction, name, dtype, shape, **dataclasses.asdict(spread), tflops=tflops))
     line = "  ".join(f"{r.impl} {r.tflops:.0f}" if r.tflops else f"{r.impl} {r.ms:.1f}ms" for r in rows)
     print(f"{results.label(shape)} {direction}: {line}", flush=True)
