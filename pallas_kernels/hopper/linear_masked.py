@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import _compat
+from pallas_kernels.hopper.linear_gradients import shared
 from pallas_kernels.hopper.linear_masked_backward import linear_masked_backward
 from pallas_kernels.hopper.linear_masked_forward import linear_masked_forward
 from pallas_kernels.hopper.linear_masked_gradient import linear_masked_gradient
@@ -26,12 +26,4 @@ def backward(
     """Gradients of q, k, v and, if wanted, the mask."""
     dq, dk, dv = linear_masked_backward(p, a, d_out, interpret=interpret)
     d_mask = linear_masked_gradient(p, a, d_out, interpret=interpret) if p.mask_gradient else None
-    return LinearGradients(q=_shared(dq, a.q), k=_shared(dk, a.k), v=_shared(dv, a.v), mask=d_mask)
-
-
-def _shared(gradient: jax.Array, x: jax.Array) -> jax.Array:
-    """gradient [B, S, H, D] summed over the heads that share one of x."""
-    B, S, heads, D = x.shape
-    if gradient.shape[2] == heads:
-        return gradient
-    return gradient.reshape(B, S, heads, -1, D).sum(axis=3, dtype=jnp.float32).astype(x.dtype)
+    return LinearGradients(q=shared(dq, a.q), k=shared(dk, a.k), v=shared(dv, a.v), mask=d_mask)
