@@ -35,12 +35,14 @@ def modify(
 
     apart: the position of row 0 less that of column 0. A plain call multiplies nothing: its scale is the factor.
     """
-    if p.softcap is None and not p.alibi and bias is None:
-        return Scores(products, p.scale * LOG2E, None)
-    s, slope = products * p.scale, None
+    s, unit, slope = products, p.scale, None
     if p.softcap is not None:
-        bent = 1.0 - _two_over(1.0 + jnp.exp2(s * (2.0 * LOG2E / p.softcap)), interpret)  # tanh.approx has 10 bits less
-        s, slope = bent * p.softcap, 1.0 - bent * bent
+        raised = jnp.exp2(products * (p.scale * 2.0 * LOG2E / p.softcap))
+        s, unit = 1.0 - _two_over(1.0 + raised, interpret), p.softcap  # tanh; tanh.approx has 10 bits less
+        slope = 1.0 - s * s
+    if bias is None and not p.alibi:
+        return Scores(s, unit * LOG2E, slope)
+    s = s * unit
     if bias is not None:
         s = s + bias
     if p.alibi:
