@@ -113,10 +113,10 @@ def cross_entropy(
         logits: [..., V], of any floating type; labels: integers [...], in [0, V) or ignore_index.
 
     Returns:
-        (loss, z) [...] in float32 or wider, 0 where the label is ignore_index.
+        (loss, z) [...] in float32 or wider, 0 where the label is ignore_index, NaN where it is out of range.
 
     Raises:
-        ValueError, TypeError: an argument breaks a rule above. The values of labels are not checked.
+        ValueError, TypeError: an argument breaks a rule above. The values of labels do not raise.
 
     Source: the interface of flash_attn's `cross_entropy_loss`; the z-loss of Chowdhery et al., PaLM (arXiv 2204.02311).
     """
@@ -128,7 +128,7 @@ def cross_entropy(
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
     options = float(label_smoothing), float(logit_scale), float(lse_square_scale), int(ignore_index)
-    return _losses(logits, labels, options)
+    return _losses(logits, labels.astype(jnp.promote_types(labels.dtype, jnp.int32)), options)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -142,20 +142,23 @@ def _losses_forward(logits, labels, options):
     lse = jax.nn.logsumexp(s, axis=-1)
     own = jnp.take_along_axis(s, jnp.maximum(labels, 0)[..., None], axis=-1, mode="clip")[..., 0]
     z = z_scale * jnp.square(lse)
-    loss = lse - (1 - smoothing) * own - smoothing * jnp.mean(s, axis=-1) + z
-    kept = labels != ignored
-    return (jnp.where(kept, loss, 0), jnp.where(kept, z, 0)), (logits, labels, lse)
+    loss = lse - (1 - smoothing) * own + z
+    if smoothing:  # else a logit of -inf would make it 0 * -inf
+        loss = loss - smoothing * jnp.mean(s, axis=-1)
+    kept, outside = labels != ignored, (labels < 0) | (labels >= s.shape[-1])
+    loss = jnp.where(kept & outside, jnp.nan, jnp.where(kept, loss, 0))
+    return (loss, jnp.where(kept, z, 0)), (logits, labels, lse)
 
 
 def _losses_backward(options, saved, cotangents):
     smoothing, scale, z_scale, ignored = options
     logits, labels, lse = saved
-    d_loss, d_z = (jnp.where(labels != ignored, ct, 0) for ct in cotangents)
+    d_loss, d_z = cotangents
     weights = jnp.exp(logits.astype(lse.dtype) * scale - lse[..., None])
     own = jnp.arange(logits.shape[-1]) == labels[..., None]
     of_lse = d_loss + 2 * z_scale * lse * (d_loss + d_z)
     d = of_lse[..., None] * weights - d_loss[..., None] * ((1 - smoothing) * own + smoothing / logits.shape[-1])
-    return (scale * d).astype(logits.dtype), None
+    return jnp.where((labels != ignored)[..., None], scale * d, 0).astype(logits.dtype), None
 
 
 _losses.defvjp(_losses_forward, _losses_backward)

@@ -113,6 +113,29 @@ def test_cross_entropy(name):
     check(lambda x: layers.cross_entropy(x, labels, **options), theirs, [normal(16, 2, 3, 37)])
 
 
+def test_cross_entropy_of_what_is_masked_out_of_range_or_ignored():
+    """A logit of -inf has no weight, an ignored row no gradient whatever it holds, a label out of range no loss."""
+    logits = normal(18, 2, 5).at[0, 3].set(-jnp.inf)
+
+    def theirs(x):
+        return F.cross_entropy(x, torch.tensor([1, 4]), reduction="none")
+
+    check(lambda x: layers.cross_entropy(x, np.array([1, 4]))[0], theirs, [logits])
+    for ignored in (-100, 4):
+        options = {"ignore_index": ignored, "lse_square_scale": 0.1}
+        labels = np.array([1, ignored])
+        loss, pull = jax.vjp(lambda x: layers.cross_entropy(x, labels, **options)[0], logits.at[1].set(jnp.nan))  # noqa: B023
+        (d,) = pull(jnp.ones(2))
+        assert jnp.isfinite(loss[0])
+        assert loss[1] == 0
+        assert jnp.isfinite(d[0]).all()
+        assert (d[1] == 0).all()
+    loss, _ = layers.cross_entropy(normal(19, 4, 5), np.array([-1, 5, -100, 2]))
+    assert jnp.isnan(loss).tolist() == [True, True, False, False]
+    wide, _ = layers.cross_entropy(jnp.zeros((1, 300)), np.array([255], np.uint8))  # 300 is no uint8
+    np.testing.assert_allclose(wide, np.log(300), rtol=1e-6)
+
+
 def test_cross_entropy_keeps_nothing_as_large_as_the_logits():
     logits, labels = normal(17, 64, 512, dtype=jnp.bfloat16), jnp.zeros(64, jnp.int32)
     _, pull = jax.vjp(lambda x: layers.cross_entropy(x, labels)[0], logits)
