@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels._compat import Interpret
+from pallas_kernels.parts import ptx
 
 _FIRST_ID = 5  # Mosaic GPU takes one for each warpgroup, from 1 on, of at most 4; a CTA has 16
 
@@ -88,7 +87,7 @@ def fence(interpret: Interpret) -> None:
 
     @plgpu.inline_mgpu()
     def proxy(_):
-        _asm([], "fence.proxy.async.shared::cta;", "")
+        ptx.effect("fence.proxy.async.shared::cta;", [], "")
 
     proxy()
 
@@ -103,17 +102,13 @@ def _bar(op: str, barrier, threads: int) -> None:
 
         @plgpu.inline_mgpu()
         def fixed(_):
-            _asm([], f"bar.{op} {barrier}, {threads};", "")
+            ptx.effect(f"bar.{op} {barrier}, {threads};", [], "")
 
         fixed()
     else:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
         def dynamic(_, index):
-            _asm([index.registers[()]], f"bar.{op} $0, {threads};", "r")
+            ptx.effect(f"bar.{op} $0, {threads};", [index.registers[()]], "r")
 
         dynamic(barrier)
-
-
-def _asm(operands, text: str, constraints: str) -> None:
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints, has_side_effects=True)

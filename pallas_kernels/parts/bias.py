@@ -20,7 +20,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels._compat import Interpret
-from pallas_kernels.parts import softmax, wgmma_layout
+from pallas_kernels.parts import ptx, softmax, wgmma_layout
 from pallas_kernels.parts.masking import WGMMA
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
 
@@ -165,7 +165,7 @@ def _add_tile(instruction: str, _, part, ds) -> None:
         for e in range(2):
             offset = 4 * (8 * row * row_stride + (8 * j + e) * column_stride)
             operands = [start, wgmma_layout.scalar(register, e)]
-            _asm(f"{instruction} [$0+{offset}], $1;", operands, "l,f")
+            ptx.effect(f"{instruction} [$0+{offset}], $1;", operands, "l,f")
 
 
 def _add_rows(_, part, sums) -> None:
@@ -174,8 +174,4 @@ def _add_rows(_, part, sums) -> None:
     start = _start(part, row_stride, 0)
     for row, register in enumerate(sums.registers.flat):
         text = f"{{ .reg .pred p; setp.eq.u32 p, $2, 0; @p red.global.add.f32 [$0+{32 * row * row_stride}], $1; }}"
-        _asm(text, [start, wgmma_layout.scalar(register), wgmma_layout.first_column()], "l,f,r")
-
-
-def _asm(text: str, operands, constraints: str) -> None:
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints, has_side_effects=True)
+        ptx.effect(text, [start, wgmma_layout.scalar(register), wgmma_layout.first_column()], "l,f,r")

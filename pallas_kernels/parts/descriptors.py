@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels._compat import Interpret
+from pallas_kernels.parts import ptx
 
 
 def zero_at(step: jax.Array, interpret: Interpret) -> jax.Array:
@@ -33,7 +34,7 @@ def zero_at(step: jax.Array, interpret: Interpret) -> jax.Array:
     )
     def multiply(_, step):
         i32 = ir.IntegerType.get_signless(32)
-        depth = llvm.inline_asm(i32, [], "mov.u32 $0, %nctaid.z;", "=r")
+        depth = ptx.result(i32, "mov.u32 $0, %nctaid.z;", [], "=r")
         one = arith.constant(i32, ir.IntegerAttr.get(i32, 1))
         product = arith.muli(step.registers[()], arith.subi(depth, one))
         return mgpu.FragmentedArray.splat(product, (), is_signed=True)

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import math as math_dialect
 
 from pallas_kernels._compat import Interpret
-from pallas_kernels.parts import swizzled_rows, wgmma_layout
+from pallas_kernels.parts import ptx, swizzled_rows, wgmma_layout
 from pallas_kernels.parts.swizzled_rows import TRANSFORMS, UNITS, over
 from pallas_kernels.parts.wgmma_layout import integer
 
@@ -90,9 +90,7 @@ def _exchanged(sums: list[ir.Value], lane) -> list[ir.Value]:
 
 def _of_lane(source, x: ir.Value) -> ir.Value:
     text = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
-    found = llvm.inline_asm(ir.F32Type.get(), [x, source], text, "=f,f,r", has_side_effects=True)
-    assert isinstance(found, ir.Value)
-    return found
+    return ptx.result(ir.F32Type.get(), text, [x, source], "=f,f,r", stays=True)
 
 
 def _pointer(ref, row, place):

@@ -23,7 +23,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxlib.mlir.dialects import math as math_dialect
 
 from pallas_kernels._compat import Interpret
-from pallas_kernels.parts import swizzled_rows, wgmma_layout
+from pallas_kernels.parts import ptx, swizzled_rows, wgmma_layout
 from pallas_kernels.parts.swizzled_rows import TRANSFORMS, over
 from pallas_kernels.parts.wgmma_layout import integer, real
 
@@ -99,7 +99,7 @@ def _add(is_crossed: bool, is_paired: bool, _, sums, ds, memory, x_ref, y_ref):
     ds_start = swizzled_rows.moved(utils.memref_ptr(memory), arith.muli(row, integer(4)))
     at_once = columns_at_once(columns, chunks)
 
-    @utils.fori(integer(columns // at_once), _scalars(sums))
+    @utils.fori(integer(columns // at_once), wgmma_layout.scalars(sums))
     def done(step, totals):
         totals = list(totals)
         for s in range(at_once):
@@ -142,7 +142,7 @@ def _write(ds, memory) -> None:
 def _finish(factor: float, is_paired: bool, sums, memory, x_ref) -> None:
     row, four = _place(is_paired)
     less = swizzled_rows.read(swizzled_rows.moved(utils.memref_ptr(memory), arith.muli(row, integer(4))))
-    flat = _scalars(sums)
+    flat = wgmma_layout.scalars(sums)
     quad = ir.VectorType.get((FOUR,), ir.F32Type.get())
     for c in range(ir.MemRefType(x_ref.type).shape[0]):
         for i in range(_ROWS):
@@ -164,12 +164,5 @@ def _pointer(ref, chunk: int, row, i: int, four):
 
 
 def _half_of_sign_and_one(t: ir.Value) -> ir.Value:
-    f32 = ir.F32Type.get()
     operands = [t, real(2.0**127), real(0.5)]
-    result = llvm.inline_asm(f32, operands, "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", has_side_effects=False)
-    assert isinstance(result, ir.Value)
-    return result
-
-
-def _scalars(x) -> list[ir.Value]:
-    return [wgmma_layout.scalar(register, e) for register in x.registers.flat for e in range(2)]
+    return ptx.result(ir.F32Type.get(), "fma.rn.sat.f32 $0, $1, $2, $3;", operands, "=f,f,f,f")

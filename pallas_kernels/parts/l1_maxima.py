@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels._compat import Interpret
-from pallas_kernels.parts import softmax, swizzled_rows, wgmma_layout
+from pallas_kernels.parts import ptx, softmax, swizzled_rows, wgmma_layout
 from pallas_kernels.parts.key_rows import over_rows
 from pallas_kernels.parts.swizzled_rows import TRANSFORMS, over
 from pallas_kernels.parts.wgmma_layout import integer
@@ -104,16 +104,13 @@ def _ones_if(condition, dtype: str):
 
 def _maximum(x, y, dtype: str):
     text = f"max.NaN.{_PTX[dtype][0]}x2 $0, $1, $2;"
-    return llvm.inline_asm(x.type, [x, y], text, "=r,r,r", has_side_effects=False)
+    return ptx.result(x.type, text, [x, y], "=r,r,r")
 
 
 def multiply(left, right, total, dtype: str) -> list:
     """total + left right, mma.m16n8k16's operands."""
-    f32, kind = ir.F32Type.get(), _PTX[dtype][0]
+    kind = _PTX[dtype][0]
     text = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
     text += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
     constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
-    results = llvm.StructType.get_literal([f32] * 4)
-    found = llvm.inline_asm(results, [*left, *right, *total], text, constraints, has_side_effects=False)
-    assert isinstance(found, ir.Value)
-    return [llvm.extractvalue(f32, found, [n]) for n in range(4)]
+    return ptx.results(ir.F32Type.get(), 4, text, [*left, *right, *total], constraints)

@@ -27,7 +27,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels._compat import Interpret
-from pallas_kernels.parts import l1_maxima, swizzled_rows, wgmma_layout
+from pallas_kernels.parts import l1_maxima, ptx, swizzled_rows, wgmma_layout
 from pallas_kernels.parts.swizzled_rows import TRANSFORMS, over
 from pallas_kernels.parts.wgmma_layout import integer
 
@@ -105,7 +105,7 @@ def finish(sums: jax.Array, ds_sums: jax.Array, factor: float, memory, x_ref, m,
 def _add(_, sums, ds, x_ref, y_ref):
     i32 = ir.IntegerType.get_signless(32)
     weights = [llvm.bitcast(i32, register) for register in ds.registers.flat]  # by 8 columns, then by 8 rows
-    totals = _scalars(sums)
+    totals = wgmma_layout.scalars(sums)
     for block, half in itertools.product(range(sums.shape[1] // BLOCK), range(2)):
         here = slice(32 * block, 32 * (block + 1))
         totals[here] = _add_half(block, half, totals[here], weights[8 * half :][:8], x_ref, y_ref)
@@ -146,25 +146,20 @@ def _read_matrices(ref, row: int, j: int, lane) -> list[ir.Value]:
     i32 = ir.IntegerType.get_signless(32)
     address = llvm.ptrtoint(i32, swizzled_rows.below(start, row))
     text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
-    results = llvm.StructType.get_literal([i32] * 4)
-    found = llvm.inline_asm(results, [address], text, "=r,=r,=r,=r,r", has_side_effects=True)
-    assert isinstance(found, ir.Value)
-    return [llvm.extractvalue(i32, found, [n]) for n in range(4)]
+    return ptx.results(i32, 4, text, [address], "=r,=r,=r,=r,r", stays=True)
 
 
 def _signs(x: ir.Value, y: ir.Value, two: ir.Value, scale: ir.Value) -> ir.Value:
     """(sign + 1) 2^-6 of two pairs."""
     text = "{ .reg .b32 t; add.s16x2 t, $1, $2; min.relu.s16x2 t, t, $3; mul.rn.bf16x2 $0, t, $4; }"
-    found = llvm.inline_asm(x.type, [x, y, two, scale], text, "=r,r,r,r,r", has_side_effects=False)
-    assert isinstance(found, ir.Value)
-    return found
+    return ptx.result(x.type, text, [x, y, two, scale], "=r,r,r,r,r")
 
 
 def _finish(factor: float, sums, memory, x_ref) -> None:
     """A thread has rows 2 (lane % 4) + {0, 1} of each eight, and features lane / 4 of each eight."""
     warp, lane = swizzled_rows.thread()
     eighth, first = over(lane, 4), arith.muli(arith.remui(lane, integer(4)), integer(2))
-    totals = _scalars(sums)
+    totals = wgmma_layout.scalars(sums)
     for r in range(2):
         for e in range(2):
             row = arith.addi(arith.muli(warp, integer(16)), arith.addi(first, integer(8 * r + e)))
@@ -178,7 +173,3 @@ def _finish(factor: float, sums, memory, x_ref) -> None:
                 start = swizzled_rows.pointer(x_ref, integer(n // 4), row, unit)
                 start = swizzled_rows.moved(start, arith.muli(arith.remui(eighth, integer(4)), integer(4)))
                 llvm.store(arith.mulf(result, wgmma_layout.real(factor)), start, alignment=4)
-
-
-def _scalars(x) -> list[ir.Value]:
-    return [wgmma_layout.scalar(register, e) for register in x.registers.flat for e in range(2)]

@@ -15,11 +15,11 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels import _compat
 from pallas_kernels._compat import Interpret
-from pallas_kernels.parts import wgmma_layout
+from pallas_kernels.parts import ptx, wgmma_layout
 
 WGMMA = plgpu.Layout.WGMMA
 _WIDTH = 256
@@ -42,7 +42,7 @@ def to_memory(x: jax.Array, interpret: Interpret) -> jax.Array:
     @plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout))
     def relabel(_, x):
         quads = ir.VectorType.get((_LANES,), ir.F32Type.get())
-        flat = _scalars(x.registers)
+        flat = wgmma_layout.scalars(x)
         groups = [flat[n : n + _LANES] for n in range(0, len(flat), _LANES)]
         registers = np.empty(len(groups), dtype=object)
         registers[:] = [vector.from_elements(quads, group) for group in groups]
@@ -61,7 +61,7 @@ def from_memory(ref, rows: int, columns: int, interpret: Interpret) -> jax.Array
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct((rows, columns), jnp.float32, WGMMA))
     def relabel(_, x):
         pairs = ir.VectorType.get((2,), ir.F32Type.get())
-        flat = _scalars(x.registers)
+        flat = wgmma_layout.scalars(x)
         form = WGMMA.to_mgpu()
         registers = np.empty(form.registers_shape((rows, columns)), dtype=object)
         for n, index in enumerate(np.ndindex(registers.shape)):
@@ -89,23 +89,14 @@ def add(target, x: jax.Array, staging, interpret: Interpret) -> None:
         quad = arith.constant(i32, ir.IntegerAttr.get(i32, _LANES))
         thread = arith.remui(utils.thread_idx(), arith.constant(i32, ir.IntegerAttr.get(i32, _THREADS)))
         start = utils.getelementptr(utils.memref_ptr(target), [arith.muli(thread, quad)], ir.F32Type.get())
-        flat = _scalars(x.registers)
+        flat = wgmma_layout.scalars(x)
         for n in range(0, len(flat), _LANES):
             text = f"red.global.add.v4.f32 [$0+{4 * _THREADS * n}], {{$1, $2, $3, $4}};"
             operands = [start, *flat[n : n + _LANES]]
-            llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, "l,f,f,f,f", has_side_effects=True)
+            ptx.effect(text, operands, "l,f,f,f,f")
 
     reduce(target, x)
 
 
 def _strided(shape: tuple[int, int]):
     return plgpu.Layout.WG_STRIDED(shape, vec_size=_LANES)
-
-
-def _scalars(registers) -> list[ir.Value]:
-    """The elements of every register, in order."""
-    return [
-        wgmma_layout.scalar(register, e)
-        for register in registers.flat
-        for e in range(ir.VectorType(register.type).shape[0])
-    ]

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import math as math_dialect
 
 from pallas_kernels import unproven
 from pallas_kernels._compat import Interpret
-from pallas_kernels.parts import wgmma_layout
+from pallas_kernels.parts import ptx, wgmma_layout
 from pallas_kernels.parts.softmax import LOG2E, ROWS
 from pallas_kernels.problem import AttentionProblem
 
@@ -63,11 +63,9 @@ def _tile_like(x):
 
 
 def _reciprocals(shape: tuple[int, int], _, x):
-    f32 = ir.F32Type.get()
-
     def element(index, e, *_):
         operand = wgmma_layout.scalar(x.registers[index], e)
-        return llvm.inline_asm(f32, [operand], "rcp.approx.ftz.f32 $0, $1;", "=f,f", has_side_effects=False)
+        return ptx.result(ir.F32Type.get(), "rcp.approx.ftz.f32 $0, $1;", [operand], "=f,f")
 
     return wgmma_layout.tile(shape, element)
 

@@ -17,10 +17,9 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels._compat import Interpret
-from pallas_kernels.parts import wgmma_layout
+from pallas_kernels.parts import ptx, wgmma_layout
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -90,7 +89,7 @@ def _any_fades(fade: jax.Array, interpret: Interpret) -> jax.Array:
             vote.sync.any.pred q, p, -1;  selp.s32 $0, 1, 0, q; }"""
         first, second = (wgmma_layout.scalar(register, 0) for register in fade.registers.flat)
         i32 = ir.IntegerType.get_signless(32)
-        found = llvm.inline_asm(i32, [first, second], text, "=r,f,f", has_side_effects=True)
+        found = ptx.result(i32, text, [first, second], "=r,f,f", stays=True)
         return mgpu.FragmentedArray.splat(found, (), is_signed=True)
 
     return vote(fade) != 0

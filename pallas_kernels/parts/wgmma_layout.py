@@ -62,6 +62,11 @@ def scalar(register: ir.Value, e: int = 0) -> ir.Value:
     return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([e]))
 
 
+def scalars(x: mgpu.FragmentedArray) -> list[ir.Value]:
+    """All elements of a thread, register after register."""
+    return [scalar(register, e) for register in x.registers.flat for e in range(ir.VectorType(register.type).shape[0])]
+
+
 @dataclasses.dataclass(frozen=True)
 class Word:
     """A 32-bit register with the operators that uint32 has in jnp."""

@@ -105,7 +105,7 @@ def multiply(left: list[Value], right: list[Value], total: list[Value], dtype) -
     return [value(c[warp, group + 8 * (n // 2), 2 * four + n % 2]) for n in range(4)]
 
 
-def instruction(memory: Memory, _, operands, text: str, *args, **kwargs):
+def instruction(memory: Memory, text: str, operands):
     for of, name in ((jnp.bfloat16, "bf16"), (np.float16, "f16")):
         if f"max.NaN.{name}x2" in text:
             return packed(np.maximum(*(pairs(x, of) for x in operands)))
@@ -151,8 +151,10 @@ def running(memory: Memory):
         ),
         "llvm": types.SimpleNamespace(
             **{"load": memory.load, "store": memory.store, "bitcast": lambda _, x: x, "ptrtoint": lambda _, x: x},
-            **{"extractvalue": lambda _, x, n: x[n[0]], "StructType": mock.Mock()},
-            inline_asm=lambda *args, **kwargs: instruction(memory, *args, **kwargs),
+        ),
+        "ptx": types.SimpleNamespace(
+            result=lambda _, text, operands, *args, **kwargs: instruction(memory, text, operands),
+            results=lambda _, count, text, operands, *args, **kwargs: instruction(memory, text, operands),
         ),
         "utils": types.SimpleNamespace(
             **{"fori": loop, "warp_barrier": lambda: None, "memref_ptr": lambda ref: value([ref.at], np.int64)},
@@ -160,10 +162,10 @@ def running(memory: Memory):
         ),
         "math_dialect": types.SimpleNamespace(absf=np.abs, fma=lambda x, y, z: x * y + z),
         "vector": types.SimpleNamespace(from_elements=lambda _, x: np.stack(x, axis=1)),
-        "ir": types.SimpleNamespace(**{**vars(ir), "Value": (Value, list)}),
         "integer": lambda x: value([x], np.int32),
         "real": lambda x: value([x], np.float32),
         "scalar": lambda register, e=0: register if register.ndim == 1 else register[:, e],
+        "scalars": lambda x: [register[:, e] for register in x.registers.flat for e in range(2)],
         "thread": lambda: (value(lanes // LANES, np.int32), value(lanes % LANES, np.int32)),
         "tile": lambda shape, element: tile(shape, element),
     }
