@@ -99,6 +99,8 @@ def _are_plain(*tensors: Tensor | None) -> bool:
 
 def autocast(*tensors: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
     """Under torch.autocast, the tensors in its dtype, as torch's own attention takes them."""
+    if torch.compiler.is_compiling():
+        tensors = tuple(x.view_as(x) for x in tensors)  # Dynamo gives an autograd.Function no tensor twice
     kind = tensors[0].device.type
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return tensors
@@ -114,11 +116,15 @@ def draw_seed(device: torch.device) -> Tensor:
 def _function() -> type[torch.autograd.Function]:
     """The autograd.Function that the caller's kind of differentiation can see through."""
     if torch._C._are_functorch_transforms_active():
-        if torch.compiler.is_compiling():
-            # Dynamo would trace the forward alone and give zeros for its gradient.
-            torch._dynamo.graph_break(msg="jflash attention in a torch.func transform is not traced")
+        break_graph_in_func()
         return _Functorch
     return _Traced if torch.compiler.is_compiling() else _Eager
+
+
+def break_graph_in_func() -> None:
+    """Leaves a torch.func transform to eager mode: Dynamo would trace the forward alone, with a gradient of zeros."""
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        torch._dynamo.graph_break(msg="jflash attention in a torch.func transform is not traced")
 
 
 class _Traced(torch.autograd.Function):

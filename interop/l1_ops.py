@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from interop import bridge
+from interop.attention import break_graph_in_func
 from interop.linear_ops import one_after_another, placed
 
 
@@ -71,6 +72,7 @@ l1_backward = torch.ops.jflash.l1_backward.default
 
 def attend(operands: Operands, options: Options) -> tuple[Tensor, Tensor]:
     """out and lse, which is empty but for attention; differentiable."""
+    break_graph_in_func()
     return _L1.apply(*operands, *options)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from interop import bridge
+from interop.attention import break_graph_in_func
 
 
 class Operands(NamedTuple):
@@ -58,6 +59,7 @@ linear_backward = torch.ops.jflash.linear_backward.default
 
 def attend(operands: Operands, options: Options) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """out and the final kv and z, None where nobody asked or there is none; differentiable."""
+    break_graph_in_func()
     out, _, kv, z = _Linear.apply(*operands, *options)
     return out, kv if options.return_state else None, z if options.return_state and options.normalize else None
 
@@ -166,8 +168,10 @@ def placed(x: Operands, wanted: list[Tensor | None], found) -> tuple[Tensor, ...
 
 
 def _or_zeros(cotangent: Tensor | None, of: Tensor | None) -> Tensor | None:
-    """The cotangent of a result: none if that is none, zeros if nobody gave one."""
-    return torch.zeros_like(of) if of is not None and cotangent is None else cotangent
+    """The cotangent of a result: none if that is none, whatever the compiler gives for it, zeros if nobody gave one."""
+    if of is None:
+        return None
+    return torch.zeros_like(of) if cotangent is None else cotangent
 
 
 torch.library.register_kernel("jflash::linear_forward", ("cpu", "cuda"), _forward, lib=_library)

@@ -30,7 +30,8 @@ def register(name: str = "jflash") -> str:
 
     Works for the models that look their attention up by name, which `model.set_attn_implementation` accepts
     too; others raise ValueError. Transformers takes a name with "flash" in it for a package to install, or
-    swaps it for one that the model prefers: `register` replaces that check, for this name only.
+    swaps it for one that the model prefers, and refuses it masks of chunks: `register` replaces these checks, for
+    this name only.
 
     Returns the name.
 
@@ -49,7 +50,7 @@ def register(name: str = "jflash") -> str:
 
 
 def _admit() -> None:
-    check = PreTrainedModel._check_and_adjust_attn_implementation
+    check, is_flash = PreTrainedModel._check_and_adjust_attn_implementation, masking_utils.is_flash_attention_requested
 
     @functools.wraps(check)
     def admit(self, attn_implementation, *args, **options):
@@ -62,7 +63,11 @@ def _admit() -> None:
             )
         return attn_implementation
 
+    def asks_for_flash(config=None, *args, **options):
+        return getattr(config, "_attn_implementation", None) not in _registered and is_flash(config, *args, **options)
+
     PreTrainedModel._check_and_adjust_attn_implementation = admit
+    masking_utils.is_flash_attention_requested = asks_for_flash  # which would refuse a mask of chunks
 
 
 def attend(

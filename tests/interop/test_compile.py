@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from interop import flash_attn_func, ops, scaled_dot_product_attention
+from interop import flash_attn_func, l1_attention, linear_attention, ops, scaled_dot_product_attention
 from interop.operands import Operands, Options
 from tests.interop.cases import dropout_key, gradients, qkv
 
@@ -114,17 +114,32 @@ def test_compile_dropout_and_autocast():
     assert torch.equal(found, expected)
 
 
-def test_compiled_torch_func_is_right():
+FUNCTIONS = [flash_attn_func, linear_attention, l1_attention]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_compile_one_tensor_as_all_three(function):
+    (q, *_) = qkv(5, B=1, Sq=9)
+    compiled = torch.compile(lambda x: function(x, x, x), fullgraph=True, backend="aot_eager")
+    closes(gradients(compiled(q), [q]), gradients(function(q, q, q), [q]))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_compiled_torch_func_is_right(function):
     """Dynamo cannot trace the gradient there, so that runs outside of the graph: right, or an error."""
-    q, k, v = qkv(6, grad=False)
+    q, k, v = qkv(6, B=1, Sq=5, grad=False)
 
     def slope(q):
-        return torch.func.grad(lambda q: flash_attn_func(q, k, v).square().sum())(q)
+        return torch.func.grad(lambda q: function(q, k, v).square().sum())(q)
 
     closes([torch.compile(slope, backend="aot_eager")(q)], [slope(q)])
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"in a torch\.func transform is not traced"):
         torch.compile(slope, backend="aot_eager", fullgraph=True)(q)
+
+
+def test_compiled_forward_mode_raises():
+    q, k, v = qkv(6, B=1, Sq=5, grad=False)
 
     def tangent(q):
         return torch.func.jvp(lambda q: flash_attn_func(q, k, v), (q,), (q,))

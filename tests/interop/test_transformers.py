@@ -47,6 +47,17 @@ MODELS = {
             experts_implementation="eager",
         )
     ),
+    "llama4": lambda: transformers.Llama4ForCausalLM(
+        transformers.Llama4TextConfig(
+            **SIZES,
+            head_dim=8,
+            intermediate_size_mlp=48,
+            num_local_experts=2,
+            attention_chunk_size=5,
+            moe_layers=[],
+            no_rope_layers=[1, 0],
+        )
+    ),
     "bert": lambda: transformers.BertForMaskedLM(
         transformers.BertConfig(
             **{n: x for n, x in SIZES.items() if n != "num_key_value_heads"}, **no_dropout("dropout_prob")
@@ -121,6 +132,7 @@ CASES = [
     *(("mistral", kind) for kind in ("dense", "right", "packed")),
     *(("gemma2", kind) for kind in ("dense", "right")),
     ("gpt_oss", "right"),
+    ("llama4", "left"),
     ("bert", "right"),
 ]
 
