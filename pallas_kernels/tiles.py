@@ -44,6 +44,14 @@ class BackwardTile:
     spill_bytes: int = 0  # a mask or a softcap may cost a few
 
 
+@dataclasses.dataclass(frozen=True)
+class QueryGradientTile:
+    """Of the kernel for dQ alone: blocks of 64 keys, and of their values, that shared memory holds."""
+
+    stages: int = 2
+    v_stages: int = 2
+
+
 # TF/s full / causal at B2 S8192, bf16, H100 80GB HBM3, from bench/results/h100-attention.json.
 FORWARD = {
     64: ForwardTile(  # 551 / 490
@@ -58,6 +66,7 @@ FORWARD_WITH_BIAS = {  # not measured yet; a bias takes as many registers as the
     **FORWARD,
     64: dataclasses.replace(FORWARD[64], block_kv=64),
     128: dataclasses.replace(FORWARD[128], block_kv=64, stages=3),
+    256: dataclasses.replace(FORWARD[256], spill_bytes=100),
 }
 
 
@@ -79,6 +88,18 @@ DETERMINISTIC_WITH_BIAS = {  # not measured yet
     128: dataclasses.replace(BACKWARD[128], spill_bytes=72),
 }
 
+QUERY_GRADIENT = {  # measured at 64 and 128 only
+    64: QueryGradientTile(),
+    128: QueryGradientTile(),
+    192: QueryGradientTile(),
+    256: QueryGradientTile(v_stages=1),
+}
+
+QUERY_GRADIENT_CROWDED = {  # what comes with rows and keys takes more than two kilobytes
+    **QUERY_GRADIENT,
+    256: QueryGradientTile(stages=1, v_stages=1),
+}
+
 
 def padded(head_dim: int) -> int:
     """The head dim the kernels compute with."""
@@ -94,3 +115,8 @@ def backward_tile(p: AttentionProblem) -> BackwardTile:
     if p.bias_shape is not None and p.deterministic:
         table = DETERMINISTIC_WITH_BIAS
     return table[max(padded(p.D), padded(p.Dv))]
+
+
+def query_gradient_tile(p: AttentionProblem) -> QueryGradientTile:
+    crowded = p.segments or p.mask_shape is not None or (p.dropout_rate > 0 and p.key_ranges)
+    return (QUERY_GRADIENT_CROWDED if crowded else QUERY_GRADIENT)[max(padded(p.D), padded(p.Dv))]

@@ -23,10 +23,6 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
         (p.target != TARGET, f"target={p.target} must be {TARGET}, an NVIDIA Hopper GPU"),
         (p.dtype not in ("bfloat16", "float16"), f"dtype={p.dtype} must be bfloat16 or float16"),
         (
-            p.deterministic and direction == "backward" and max(p.D, p.Dv) > 128,
-            f"deterministic=True with head_dim={max(p.D, p.Dv)} must be <= 128",
-        ),
-        (
             p.deterministic and direction == "backward" and _adds_to_bias_in_any_order(p),
             f"the gradient of a bias of shape {p.bias_shape} with deterministic=True must not be summed over B or H",
         ),
@@ -36,7 +32,7 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
         ),
         (p.key_ranges and p.alibi, "alibi_slopes with packed sequences or caches are not in the kernels"),
         (p.scale <= 0, f"scale={p.scale} must be > 0"),
-        *unproven.reasons(_features(p)),
+        *unproven.reasons(_features(p, direction)),
     )
     return next((reason for failed, reason in reasons if failed), None)
 
@@ -47,8 +43,13 @@ def _adds_to_bias_in_any_order(p: AttentionProblem) -> bool:
     return p.bias_gradient and shape is not None and shape[3] > 1 and shape[:2] != (p.B, p.H)
 
 
-def _features(p: AttentionProblem) -> dict[str, bool]:
-    return {"dropout": p.dropout_rate > 0, "mask": p.mask_shape is not None, "bias": p.bias_shape is not None}
+def _features(p: AttentionProblem, direction: str) -> dict[str, bool]:
+    return {
+        "dropout": p.dropout_rate > 0,
+        "mask": p.mask_shape is not None,
+        "bias": p.bias_shape is not None,
+        "deterministic beyond D128": p.deterministic and direction == "backward" and max(p.D, p.Dv) > 128,
+    }
 
 
 def forward(p: AttentionProblem, a: AttentionArrays) -> tuple[jax.Array, jax.Array]:

@@ -4,7 +4,8 @@
 
 `attention_backward` adds dQ from many CTAs, in whatever order they come. For `deterministic=True` it leaves dQ
 out, and this kernel walks like the forward one: a CTA keeps 64 query rows for each of two consumer warpgroups, a
-warp brings blocks of keys and values. Two products are done twice, so the whole costs 7 / 5.
+warp brings blocks of keys and values. Two products are done twice, so the whole costs 7 / 5. At head dim 256 shared
+memory holds one block of values beside two of keys; values are done with first, so they come and go on their own.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from pallas_kernels.parts.query_rows import QueryRows
 from pallas_kernels.parts.schedule import Schedule, Work
 from pallas_kernels.parts.sparsity import Visits
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
+from pallas_kernels.tiles import QueryGradientTile
 
 CONSUMERS = 2
 ROWS = 64 * CONSUMERS
 BLOCK_KV = 64
-STAGES = 2
 REGISTERS, PRODUCER_REGISTERS = 240, 24
 
 
@@ -38,17 +39,23 @@ class Plan:
     """Everything static about one launch."""
 
     problem: AttentionProblem
+    tile: QueryGradientTile
     schedule: Schedule
     any_row: bool
     interpret: _compat.Interpret
 
+    @property
+    def apart(self) -> bool:
+        """Whether values have barriers of their own, for there is one block of them."""
+        return self.tile.v_stages == 1
+
     def tile_types(self) -> dict[str, tma.TileType]:
-        p = self.problem
+        p, t = self.problem, self.tile
         shapes = {
             "q_smem": (CONSUMERS, 64, p.D),
             "do_smem": (CONSUMERS, 64, p.Dv),
-            "k_smem": (STAGES, BLOCK_KV, p.D),
-            "v_smem": (STAGES, BLOCK_KV, p.Dv),
+            "k_smem": (t.stages, BLOCK_KV, p.D),
+            "v_smem": (t.v_stages, BLOCK_KV, p.Dv),
         }
         rest = jnp.dtype(p.dtype), self.any_row, self.interpret
         return {name: tma.TileType(n, rows, tiles.padded(d), *rest) for name, (n, rows, d) in shapes.items()}
@@ -72,6 +79,8 @@ class Refs(NamedTuple):
     q_full: Any
     kv_full: Any
     kv_empty: Any
+    v_full: Any = None  # this and the next where values are apart, else None
+    v_empty: Any = None
     slopes_gmem: Any = None
     q_ids_gmem: Any = None
     kv_ids_gmem: Any = None
@@ -93,7 +102,7 @@ def attention_backward_q(
 ) -> jax.Array:
     """dQ [B, Sq, H, D]; lse2 and delta as `attention_backward` takes them."""
     order = Schedule(batch=p.B, heads=p.H, blocks=-(-p.Sq // ROWS), section=p.group, descending=p.right is not None)
-    plan = Plan(p, order, tma.is_ragged(p), interpret)
+    plan = Plan(p, tiles.query_gradient_tile(p), order, tma.is_ragged(p), interpret)
     q, d_out = (tma.fit(x, ROWS) for x in (a.q, d_out))
     k, v = (tma.fit(x, BLOCK_KV) for x in (a.k, a.v))
     lse2, delta = (_rows_of_tiles(plan, x, fill) for x, fill in ((lse2, jnp.inf), (delta, 0.0)))
@@ -126,17 +135,22 @@ def _rows_of_tiles(plan: Plan, x: jax.Array, fill: float) -> jax.Array:
 
 
 def _scratch(plan: Plan) -> dict[str, Any]:
-    types = plan.tile_types()
+    types, stages = plan.tile_types(), plan.tile.stages
     with_q, with_k = query_rows.copies(plan.problem)
     of_rows = types["q_smem"].chunks + types["do_smem"].chunks + 2 + with_q
-    of_keys = types["k_smem"].chunks + types["v_smem"].chunks + with_k
+    of_keys, of_values = types["k_smem"].chunks + with_k, types["v_smem"].chunks
+    alone = {}
+    if plan.apart:
+        alone["v_full"] = plgpu.Barrier(num_arrivals=of_values)
+        alone["v_empty"] = plgpu.Barrier(num_arrivals=CONSUMERS)
     return {
         **{name: x.scratch for name, x in types.items()},
-        **query_rows.scratch(plan.problem, CONSUMERS, STAGES, BLOCK_KV),
+        **query_rows.scratch(plan.problem, CONSUMERS, stages, BLOCK_KV),
         "statistics_smem": plgpu.SMEM((CONSUMERS, 2, 64), jnp.float32),
         "q_full": plgpu.Barrier(num_arrivals=CONSUMERS * of_rows),
-        "kv_full": plgpu.Barrier(num_arrivals=of_keys, num_barriers=STAGES),
-        "kv_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
+        "kv_full": plgpu.Barrier(num_arrivals=of_keys + (0 if plan.apart else of_values), num_barriers=stages),
+        "kv_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+        **alone,
     }
 
 
@@ -167,17 +181,21 @@ def _load(plan: Plan, refs: Refs, work: Work, visits: Visits) -> None:
             plgpu.copy_gmem_to_smem(rows, refs.statistics_smem.at[w, n], refs.q_full)
         query_rows.load(refs, work.b, row, w, refs.q_full)
         dropping.load(refs, work.b, work.h, row, w, refs.q_full)
-    kv_head = lax.div(work.h, jnp.int32(plan.problem.group))
+    kv_head, stages = lax.div(work.h, jnp.int32(plan.problem.group)), plan.tile.stages
 
     def load_block(step, _):
-        slot = lax.rem(step, STAGES)
+        slot = lax.rem(step, stages)
         block, _ = visits.at(step)
         first, full = block * BLOCK_KV, refs.kv_full.at[slot]
-        pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(refs.kv_empty.at[slot]))
+        pl.when(step >= stages)(lambda: plgpu.barrier_wait(refs.kv_empty.at[slot]))
         refs.k_smem.load(refs.k_gmem, work.b, first, kv_head, slot, full)
-        refs.v_smem.load(refs.v_gmem, work.b, first, kv_head, slot, full)
+        if not plan.apart:
+            refs.v_smem.load(refs.v_gmem, work.b, first, kv_head, slot, full)
         query_rows.load_keys(refs, work.b, first, slot, full)
         sparsity.load(refs, work.b, work.h, work.block, block, slot, full)
+        if plan.apart:
+            pl.when(step > 0)(lambda: plgpu.barrier_wait(refs.v_empty))
+            refs.v_smem.load(refs.v_gmem, work.b, first, kv_head, 0, refs.v_full)
 
     lax.fori_loop(0, visits.steps, load_block, None)
 
@@ -216,7 +234,7 @@ class Rows(NamedTuple):
 
 def _step(plan: Plan, refs: Refs, rows: Rows, dq_acc, step, _) -> None:
     """dQ += dS K for one block of keys."""
-    slot = lax.rem(step, STAGES)
+    slot = lax.rem(step, plan.tile.stages) if plan.tile.stages > 1 else descriptors.zero_at(step, plan.interpret)
     plgpu.barrier_wait(refs.kv_full.at[slot])
     form = functools.partial(_ds, plan, refs, rows, step, slot)
     scores = plgpu.ACC((64, BLOCK_KV), jnp.float32)
@@ -228,9 +246,12 @@ def _step(plan: Plan, refs: Refs, rows: Rows, dq_acc, step, _) -> None:
 def _ds(plan: Plan, refs: Refs, rows: Rows, step, slot, s_acc, dp_acc) -> jax.Array:
     """dS [64, BLOCK_KV] in the input dtype."""
     p = plan.problem
-    mine = rows.wg + descriptors.zero_at(step, plan.interpret)
+    zero = descriptors.zero_at(step, plan.interpret)
+    mine = rows.wg + zero
     tma.transposed_product(s_acc, refs.q_smem, mine, refs.k_smem, slot)
-    running = tma.transposed_product(dp_acc, refs.do_smem, mine, refs.v_smem, slot)
+    if plan.apart:
+        plgpu.barrier_wait(refs.v_full)
+    running = tma.transposed_product(dp_acc, refs.do_smem, mine, refs.v_smem, zero if plan.apart else slot)
     keys = query_rows.key_block(refs, rows, step, slot, BLOCK_KV, plan.interpret)
     products = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
     s, factor, slope = query_rows.from_slot(
@@ -239,5 +260,7 @@ def _ds(plan: Plan, refs: Refs, rows: Rows, step, slot, s_acc, dp_acc) -> jax.Ar
     weights = jnp.exp2(s * factor - softmax.over_columns(rows.lse2, s.shape))
     weights = dropping.of_rows(p, weights, rows.drop, keys.number * BLOCK_KV, plan.interpret)
     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
+    if plan.apart:
+        plgpu.barrier_arrive(refs.v_empty)
     ds = dropping.score_gradient(p, weights, dp, softmax.over_columns(rows.delta, dp.shape))
     return (ds if slope is None else ds * slope).astype(p.dtype)

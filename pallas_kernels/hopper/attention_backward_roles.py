@@ -7,6 +7,7 @@ one forms S^T and P^T and keeps dV, the other forms dP^T and dS^T and keeps dK. 
 through shared memory, so the second runs half a step behind and each one's products run under the other's
 arithmetic. dS^T goes through shared memory too, and then each forms its share of dQ in slices of 64 columns, which it
 adds to the float32 buffer straight from registers: staging it would be too much for the bandwidth of shared memory.
+A deterministic problem leaves dQ to `attention_backward_q`, and dS^T stays in registers.
 """
 
 from __future__ import annotations
@@ -49,7 +50,6 @@ class Refs(NamedTuple):
     do_gmem: Any
     lse_gmem: Any
     delta_gmem: Any
-    dq_gmem: Any
     dk_gmem: Any
     dv_gmem: Any
     q_smem: Any
@@ -57,7 +57,6 @@ class Refs(NamedTuple):
     k_smem: Any
     v_smem: Any
     p_smem: Any
-    ds_smem: Any
     lse_smem: Any
     delta_smem: Any
     kv_full: Any
@@ -67,9 +66,11 @@ class Refs(NamedTuple):
     do_empty: Any
     p_full: Any
     p_empty: Any
-    ds_full: Any
-    ds_empty: Any
     meeting: Any
+    dq_gmem: Any = None  # this and the next three only where dQ is added here
+    ds_smem: Any = None
+    ds_full: Any = None
+    ds_empty: Any = None
     dq_smem: Any = None  # of the interpreter, which cannot add from registers
     slopes_gmem: Any = None
     q_ids_gmem: Any = None
@@ -98,6 +99,7 @@ def attention_backward_roles(
     """Adds dQ / scale to the accumulator `dq` and returns dK and dV; all as `attention_backward` has it.
 
     d_bias: an accumulator for the gradient of the bias, see `bias.zeros`.
+    dq: None for a deterministic problem.
     """
     plan = make_plan(p, interpret)
     q, d_out = (tma.fit(x, plan.tile.block_q) for x in (a.q, d_out))
@@ -111,8 +113,7 @@ def attention_backward_roles(
         **tails.inputs(a, plan.tile.block_q, plan.tile.block_kv, **operands),
         **features,
         **key_rows.order(features),
-        "dq_gmem": dq,
-        **({} if d_bias is None else {"d_bias_gmem": d_bias}),
+        **{name: x for name, x in (("dq_gmem", dq), ("d_bias_gmem", d_bias)) if x is not None},
     }
     kernel = _compat.kernel(
         functools.partial(_kernel, plan, (*inputs, "dk_gmem", "dv_gmem")),
@@ -134,14 +135,20 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     with_q, with_kv = key_rows.copies(p)
     scores = (t.block_kv, t.block_q)
     p_or_slope = plgpu.SMEM((P_STAGES, *scores), jnp.dtype(p.dtype), transforms=tma.TILED)
-    staging = {"dq_smem": plgpu.SMEM((CONSUMERS, *plan.dq_shape[-2:]), jnp.float32)} if plan.interpret else {}
+    of_dq = {}
+    if not p.deterministic:
+        of_dq = {
+            "ds_smem": plgpu.SMEM((t.ds_stages, *scores), jnp.dtype(p.dtype), transforms=tma.TILED),
+            "ds_full": plgpu.Barrier(num_barriers=t.ds_stages),
+            "ds_empty": plgpu.Barrier(num_barriers=t.ds_stages),
+            **({"dq_smem": plgpu.SMEM((CONSUMERS, *plan.dq_shape[-2:]), jnp.float32)} if plan.interpret else {}),
+        }
     return {
         **{name: x.scratch for name, x in types.items()},
         **key_rows.scratch(p, t.stages, plan.block, plan.interpret),
-        **staging,
+        **of_dq,
         **({"slope_smem": p_or_slope} if p.bias_gradient and p.softcap is not None else {}),
         "p_smem": p_or_slope,
-        "ds_smem": plgpu.SMEM((t.ds_stages, *scores), jnp.dtype(p.dtype), transforms=tma.TILED),
         "lse_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
         "delta_smem": plgpu.SMEM((t.stages, t.block_q), jnp.float32),
         "kv_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks + types["v_smem"].chunks + with_kv),
@@ -151,8 +158,6 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         "do_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=t.stages),
         "p_full": plgpu.Barrier(num_barriers=P_STAGES),
         "p_empty": plgpu.Barrier(num_barriers=P_STAGES),
-        "ds_full": plgpu.Barrier(num_barriers=t.ds_stages),
-        "ds_empty": plgpu.Barrier(num_barriers=t.ds_stages),
         "meeting": plgpu.Barrier(num_arrivals=CONSUMERS),
     }
 
@@ -207,6 +212,7 @@ def _value_consumer(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
 
     def accumulate(dv_acc):
         lax.fori_loop(0, walk.steps, functools.partial(_value_step, plan, refs, work, walk, dv_acc), None)
+        _finish_products(plan)
         pl.when(walk.steps > 0)(finish)
         return dv_acc[...]
 
@@ -264,6 +270,8 @@ def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, step, slot, s_acc):
 
 def _first_columns(plan: Plan, refs: Refs, work: Work, walk: Walk, step) -> None:
     """The share of dQ of the consumer of values: half of the slices, and the odd one."""
+    if refs.dq_gmem is None:
+        return
     ds_slot = lax.rem(step, plan.tile.ds_stages)
     plgpu.barrier_wait(refs.ds_full.at[ds_slot])
     _add_dq(plan, refs, work, walk, step, 0, range((plan.dq_parts + 1) // 2))
@@ -278,6 +286,7 @@ def _key_consumer(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
 
     def accumulate(dk_acc):
         lax.fori_loop(0, walk.steps, functools.partial(_key_step, plan, refs, work, walk, dk_acc), None)
+        _finish_products(plan)
         pl.when(walk.steps > 0)(lambda: plgpu.barrier_arrive(refs.q_empty.at[lax.rem(walk.steps - 1, t.stages)]))
         return dk_acc[...]
 
@@ -293,14 +302,16 @@ def _key_step(plan: Plan, refs: Refs, work: Work, walk: Walk, dk_acc, step, _) -
     form = functools.partial(_ds, plan, refs, work, walk, step, slot)
     ds = pl.run_scoped(form, plgpu.ACC((64, t.block_q), jnp.float32))
     pl.when(step > 0)(lambda: plgpu.barrier_arrive(refs.q_empty.at[lax.rem(step - 1, t.stages)]))
-    pl.when(step >= t.ds_stages)(lambda: plgpu.barrier_wait(refs.ds_empty.at[ds_slot]))
-    refs.ds_smem[ds_slot] = ds
-    barriers.fence(plan.interpret)
-    plgpu.barrier_arrive(refs.ds_full.at[ds_slot])
+    if refs.dq_gmem is not None:
+        pl.when(step >= t.ds_stages)(lambda: plgpu.barrier_wait(refs.ds_empty.at[ds_slot]))
+        refs.ds_smem[ds_slot] = ds
+        barriers.fence(plan.interpret)
+        plgpu.barrier_arrive(refs.ds_full.at[ds_slot])
     plgpu.barrier_wait(refs.q_full.at[slot])
     tma.product(dk_acc, ds, refs.q_smem, slot)
-    plgpu.barrier_wait(refs.ds_full.at[ds_slot])  # all of this warpgroup have written
-    _add_dq(plan, refs, work, walk, step, 1, range((plan.dq_parts + 1) // 2, plan.dq_parts))
+    if refs.dq_gmem is not None:
+        plgpu.barrier_wait(refs.ds_full.at[ds_slot])  # all of this warpgroup have written
+        _add_dq(plan, refs, work, walk, step, 1, range((plan.dq_parts + 1) // 2, plan.dq_parts))
 
 
 def _ds(plan: Plan, refs: Refs, work: Work, walk: Walk, step, slot, dp_acc) -> jax.Array:
@@ -334,6 +345,12 @@ def _add_dq(plan: Plan, refs: Refs, work: Work, walk: Walk, step, wg: int, parts
         dq = pl.run_scoped(product, plgpu.ACC(plan.dq_tile, jnp.float32))
         staging = None if refs.dq_smem is None else refs.dq_smem.at[wg]
         register_order.add(refs.dq_gmem.at[work.b, head, block, part], dq, staging, plan.interpret)
+
+
+def _finish_products(plan: Plan) -> None:
+    """Waits for the last product of a walk where no dQ has."""
+    if plan.problem.deterministic:
+        plgpu.wgmma_wait(0)
 
 
 def _meet(refs: Refs) -> None:

@@ -116,6 +116,17 @@ UNPROVEN = {
     "bias_softcap": (dict(Sq=700, H=4, Hk=2, D=128, bias=(1, 4, 700, 700)), dict(softcap=3.0, **DROPOUT)),
     "bias_D256": (dict(B=2, Sq=500, H=4, Hk=2, D=256, bias=(1, 4, 500, 500)), dict(causal=True)),
     "bias_D192": (dict(B=2, Sq=517, H=2, D=192, Dv=128, bias=(2, 2, 517, 517)), {}),
+    "deterministic_D256": (dict(B=2, Sq=1000, H=4, Hk=2, D=256), dict(causal=True, deterministic=True)),
+    "deterministic_D192": (
+        dict(Sq=700, Sk=900, H=2, D=192, Dv=128, sinks=True),
+        dict(deterministic=True, softcap=5.0, window=(70, 30), alibi_slopes=jnp.array([0.3, 0.02])),
+    ),
+    "deterministic_D200": (dict(B=2, Sq=333, Sk=500, H=2, D=200, Dv=256), dict(deterministic=True)),
+    "deterministic_D256_masked": (
+        dict(B=2, Sq=700, Sk=900, H=2, Hk=1, D=256),
+        dict(deterministic=True, mask=blocks(2, 1, 700, 900), segment_ids=SEGMENTS, **DROPOUT),
+    ),
+    "deterministic_D256_bias": (dict(B=2, Sq=500, H=2, D=256, bias=(2, 2, 500, 500)), dict(deterministic=True)),
     "nothing_is_seen": (dict(Sq=300, H=1, D=128), dict(mask=jnp.zeros((1, 1, 300, 300), bool))),
     "segments": (dict(B=2, Sq=700, Sk=900, D=128), dict(segment_ids=SEGMENTS)),
     "ordered_segments": (dict(B=2, Sq=700, Sk=900, H=4, Hk=2, D=128), dict(segment_ids=ORDERED)),
@@ -126,6 +137,7 @@ UNPROVEN = {
 
 def proving(name):
     features = {"ordered": "segment skipping", "segments": "segment skipping", "nothing": "mask"}
+    features["deterministic"] = "deterministic beyond D128"
     first = name.split("_")[0]
     return pytest.param(name, marks=pytest.mark.proves(features.get(first, first)))
 
@@ -204,7 +216,9 @@ def test_deterministic(shape):
     assert_matches_oracle(inputs(5, jnp.bfloat16, **SHAPES[shape]), dict(causal=True, deterministic=True), "hopper")
 
 
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize(
+    "D", [64, 128, *(pytest.param(D, marks=pytest.mark.proves("deterministic beyond D128")) for D in (192, 256))]
+)
 def test_deterministic_gives_the_same_bits_250_times(D):
     q, k, v = inputs(6, jnp.bfloat16, B=2, Sq=900, H=8, Hk=4, D=D).values()
 

@@ -57,6 +57,16 @@ CASES = {
         dict(B=2, Sq=200, Sk=300, H=1, D=64, sinks=True),
         dict(deterministic=True, softcap=5.0, window=(90, 20), segment_ids=SEGMENTS),
     ),
+    "deterministic_D256": (dict(Sq=192, H=2, Hk=1, D=256), dict(causal=True, deterministic=True)),
+    "deterministic_D192": (
+        dict(Sq=150, Sk=130, H=2, Hk=1, D=192, Dv=128, sinks=True),
+        dict(deterministic=True, softcap=5.0, window=(70, 30), alibi_slopes=jnp.array([0.3, 0.02])),
+    ),
+    "deterministic_D256_masked": (
+        dict(B=2, Sq=200, Sk=300, H=1, D=200, Dv=256),
+        dict(deterministic=True, mask=blocks(2, 1, 200, 300), segment_ids=SEGMENTS, **DROPOUT),
+    ),
+    "deterministic_D256_bias": (dict(Sq=130, Sk=100, H=1, D=256, bias=(1, 1, 130, 100)), dict(deterministic=True)),
     "segments": (dict(Sq=256, H=1, D=128), dict(causal=True, segment_ids=jnp.repeat(jnp.arange(4), 64)[None])),
     "segments_D64": (dict(B=2, Sq=200, Sk=300, H=1, D=64), dict(segment_ids=SEGMENTS)),
     "dropout": (dict(Sq=150, Sk=200, H=2, Hk=1, D=128), dict(causal=True, **DROPOUT)),
@@ -93,7 +103,16 @@ RUN = {"full", "grouped_D64"} if OLD else CASES
 SLOW = {"dropout", "dropout_D256", "dropout_deterministic", "mask", "mask_D64", "mask_D256", "segments_in_order"}
 SLOW |= {"mask_of_keys", "mask_of_queries", "bias_softcap", "bias_deterministic", "bias_of_each_D64", "bias_D256"}
 SLOW |= {"bias_of_keys", "bias_of_queries", "segments", "segments_D64", "mask_deterministic"}
+SLOW |= {"deterministic_D192", "deterministic_D256_masked", "deterministic_D256_bias"}
 SLOW |= {"narrower_values", "window", "ragged_D64", "alibi_of_each_batch_D64", "deterministic_ragged"}
+
+
+GATED = {
+    "dropout": (64, DROPOUT),
+    "mask": (64, dict(mask=blocks(1, 1, 128, 128))),
+    "bias": (64, dict(bias=jnp.zeros((1, 1, 128, 1)))),
+    "deterministic beyond D128": (192, dict(deterministic=True)),
+}
 
 
 def case(name: str):
@@ -115,16 +134,15 @@ def test_segments_without_lists():
         assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), options, "hopper")
 
 
-@pytest.mark.parametrize("feature", ["dropout", "mask", "bias"])
+@pytest.mark.parametrize("feature", GATED)
 def test_what_no_gpu_has_run_is_not_dispatched_to(feature):
-    q, k, v = (jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16) for _ in range(3))
-    bias = jnp.zeros((1, 1, 128, 1))
-    options = {"dropout": DROPOUT, "mask": dict(mask=blocks(1, 1, 128, 128)), "bias": dict(bias=bias)}[feature]
+    D, options = GATED[feature]
+    q, k, v = (jax.ShapeDtypeStruct((1, 128, 1, D), jnp.bfloat16) for _ in range(3))
     with mock.patch.object(unproven, "FEATURES", {feature}):
-        reason = why_not(q, k, v, implementation="hopper", target="sm_90", **options)
+        reason = why_not(q, k, v, implementation="hopper", direction="backward", target="sm_90", **options)
     assert reason == f"{feature} is in the kernels, but not yet proven on a GPU"
     with mock.patch.object(unproven, "FEATURES", set()):
-        assert why_not(q, k, v, implementation="hopper", target="sm_90", **options) is None
+        assert why_not(q, k, v, implementation="hopper", direction="backward", target="sm_90", **options) is None
 
 
 @pytest.mark.skipif(OLD, reason="slow on this JAX")

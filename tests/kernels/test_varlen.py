@@ -29,9 +29,10 @@ CASES = {
         dict(D=64, H=2, Hk=1),
         dict(causal=True, mask=blocks(1, 2, 191, 240), bias=jnp.sin(jnp.arange(191.0 * 240).reshape(1, 1, 191, 240))),
     ),
+    "deterministic_D256": ((60, 0, 70), (60, 5, 100), dict(D=256, H=1, Hk=1), dict(causal=True, deterministic=True)),
     "unused_rows": ((40, 30), (200, 100), dict(D=64, H=2, Hk=2), dict(causal=True)),
 }
-SLOW = {"mask_and_bias", "full"}
+SLOW = {"mask_and_bias", "full", "deterministic_D256"}
 
 
 @pytest.mark.parametrize(
