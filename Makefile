@@ -54,8 +54,8 @@ test-races: .venv312/ready
 	$(ON_CPU) .venv312/bin/python $(PYTEST) $(FAST) tests/kernels
 else
 test-races:
-	@echo "== skipped: the kernels under JAX $(JAX_RACES), which finds most races. It needs Python 3.12, and"
-	@echo "   neither python3.12 nor a pyenv 3.12 was found; the run above checked their numbers and barriers."
+	@echo "== skipped: the kernels under JAX $(JAX_RACES), which finds most races. It needs Python 3.12, and none"
+	@echo "   was found (python3.12, $(PYTHON), pyenv's); the run above checked their numbers and barriers."
 endif
 
 test-compile: .venv-compile/ready
