@@ -84,7 +84,8 @@ def array(name: str, x):
     if isinstance(x, (jax.Array, jax.ShapeDtypeStruct)):
         return x
     if isinstance(x, (np.ndarray, np.generic)):
-        return jnp.asarray(x)
+        with jax.ensure_compile_time_eval():  # its values are known, also under jit
+            return jnp.asarray(x)
     hint = "; for torch tensors use the functions of `interop`" if type(x).__module__ == "torch" else ""
     raise TypeError(f"{name} must be a jax or numpy array, got {type(x).__module__}.{type(x).__qualname__}{hint}")
 

@@ -164,6 +164,8 @@ def test_bad_pairs(pairs, message):
 
 def test_other_errors():
     arrays = inputs(17, **ONE)
+    with pytest.raises(ValueError, match=r"pairs\[0\]=\[17, 0\] must be in range"):
+        jax.jit(lambda a: l1_attention_sparse(**a, pairs=np.array([[17, 0]])))(arrays)
     with pytest.raises(ValueError, match=r"sink=1.0 needs weight='softmax'"):
         l1_attention_sparse(**arrays, pairs=all_pairs(), weight="exp", sink=1.0)
     with pytest.raises(ValueError, match="query length=17 must equal key length=23"):

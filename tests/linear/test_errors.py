@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jflash import LinearAttentionState, linear_attention, linear_attention_step, simple_gla
@@ -118,6 +119,12 @@ def test_step():
 def test_two_gates():
     with raises("g with g_gamma must be one or the other"):
         simple_gla(X, X, X, g=G, g_gamma=G)
+
+
+@pytest.mark.parametrize("options", [{"cu_seqlens": np.array([0, 9])}, {"log_decay": np.array([-1.0, 1.0, 0, 0])}])
+def test_values_that_a_jit_closes_over(options):
+    with raises("end at 8 or before" if "cu_seqlens" in options else "log_decay max=1 must be <= 0"):
+        jax.jit(lambda x: linear_attention(x, x, x, **options))(ONE)
 
 
 def test_traced_scale():
