@@ -83,7 +83,7 @@ def flash_attention(
         bias: added to the scores, [B|1, H|1, Sq|1, Sk|1] or [Sq, Sk], floating point. Differentiable.
         mask: bool, True = visible, of the same shapes as bias.
         segment_ids: integers [B, S], or a pair for queries [B, Sq] and keys [B, Sk]; a query sees only keys
-            of its own segment.
+            of its own segment. They are compared as int32.
         alibi_slopes: [H] or [B, H]; adds `-slope * |i + Sk - Sq - j|`. No gradient: differentiating raises.
         sinks: [H] or [B, H]; one more logit for every row, with value 0: `exp(sink)` joins the denominator
             (and lse). Differentiable.

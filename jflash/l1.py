@@ -118,7 +118,7 @@ def l1_attention(
         bias: added to the scores, of the same shapes as mask, floating point. Differentiable.
         exclude_diagonal: the key at the query's own position is hidden.
         segment_ids: integers [B, S], or a pair for queries [B, Sq] and keys [B, Sk]; a query sees only keys
-            of its own segment.
+            of its own segment. They are compared as int32.
         cu_seqlens: integers [N + 1], from 0 and never falling, or a pair for queries and keys: with B = 1,
             sequence n is the tokens from cu_seqlens[n] up to, not with, cu_seqlens[n + 1]. What lies after the
             last sequence is not read, and its out is 0. Causal, window and exclude_diagonal want one for both.

@@ -66,6 +66,7 @@ def unpad_input_for_concatenated_sequences(
         lengths: [B, S] integers: the nonzero entries of a row are the lengths of its sequences, in order;
             `[[2, 3, 0, 0, 0, 0], [6, 0, 0, 0, 0, 0]]` is two sequences in the first row and one in the second.
         size: T, as for `unpad_input`. sequences: N, needed under jit; sequences that are not there have length 0.
+            If under jit there are more, or a row's are longer than S, a floating-point result is NaN.
 
     Returns:
         (x [T, ...], indices [T], cu_seqlens [N + 1], max_seqlen).
@@ -79,8 +80,10 @@ def unpad_input_for_concatenated_sequences(
     S, rows = x.shape[1], lengths.sum(axis=1)
     if not isinstance(lengths, Tracer) and (bool((rows > S).any()) or bool((lengths < 0).any())):
         raise ValueError(f"lengths of the rows, {rows.tolist()} in sum, must be >= 0 and <= {S}")
-    N = _size("sequences", sequences, (lengths != 0).sum())
-    packed, indices = _gather(x, np.arange(S) < rows[:, None], size)
+    count = (lengths != 0).sum()
+    N = _size("sequences", sequences, count)
+    wrong = (count > N) | (rows > S).any() | (lengths < 0).any()
+    packed, indices = _gather(x, np.arange(S) < rows[:, None], size, wrong)
     flat = lengths.ravel()
     (there,) = jnp.nonzero(flat, size=N, fill_value=flat.size)
     flat = jnp.asarray(flat).at[there].get(mode="fill", fill_value=0)
@@ -88,22 +91,27 @@ def unpad_input_for_concatenated_sequences(
 
 
 def pad_input(x: jax.Array, indices: jax.Array, batch: int, seqlen: int) -> jax.Array:
-    """[T, ...] back to [batch, seqlen, ...]: token t goes to `indices[t]` of [batch seqlen], zeros elsewhere."""
-    x, indices = array("x", x), array("indices", indices)
-    if indices.shape != x.shape[:1]:
-        raise ValueError(f"indices.shape={indices.shape} must be [T]={[x.shape[0]]}")
+    """[T, ...] back to [batch, seqlen, ...]: token t goes to `indices[t]` of [batch seqlen], zeros elsewhere.
+
+    A token whose index is `batch seqlen` is left out. Other indices raise where they are known.
+    """
+    x, indices = array("x", x), known("indices", indices)
+    if indices.shape != x.shape[:1] or not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise ValueError(f"indices {indices.dtype.name} {indices.shape} must be integers [T]={[x.shape[0]]}")
+    if not isinstance(indices, Tracer) and indices.size and not 0 <= indices.min() <= indices.max() <= batch * seqlen:
+        raise ValueError(f"indices {indices.min()} to {indices.max()} must be in [0, {batch * seqlen}]")
     padded = jnp.zeros((batch * seqlen, *x.shape[1:]), x.dtype).at[indices].set(x, mode="drop")
     return padded.reshape(batch, seqlen, *x.shape[1:])
 
 
-def _gather(x: jax.Array, kept: jax.Array, size: int | None) -> tuple[jax.Array, jax.Array]:
-    """The kept tokens of x, and where they were."""
+def _gather(x: jax.Array, kept: jax.Array, size: int | None, wrong: Any = False) -> tuple[jax.Array, jax.Array]:
+    """The kept tokens of x, and where they were; NaN if what is traced turns out to be wrong."""
     tokens = kept.sum()
     size = _size("size", size, tokens)
     (indices,) = jnp.nonzero(kept.ravel(), size=size, fill_value=kept.size)
     packed = x.reshape(-1, *x.shape[2:]).at[indices].get(mode="fill", fill_value=0)
     if isinstance(tokens, Tracer) and jnp.issubdtype(x.dtype, jnp.floating):
-        packed = jnp.where(tokens > size, jnp.nan, packed)  # too late to raise
+        packed = jnp.where((tokens > size) | wrong, jnp.nan, packed)  # too late to raise
     return packed, indices.astype(jnp.int32)
 
 

@@ -72,7 +72,8 @@ def _scores(p: AttentionProblem, a: AttentionArrays) -> jax.Array:
         s = s + a.bias.astype(wide)
     if a.alibi_slopes is not None:
         i, j = _positions(p, a)
-        slopes = a.alibi_slopes.astype(wide).reshape(*a.alibi_slopes.shape[:2], -1, 1)
+        slopes = a.alibi_slopes.astype(wide)
+        slopes = slopes[..., None] if slopes.ndim == 3 else slopes[..., None, None]
         s = s - slopes * jnp.abs(i - j)
     return s
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jflash import _key_ranges
-from jflash._arguments import array
+from jflash._arguments import DTYPES, array, flag
 
 
 def apply_rotary(
@@ -23,32 +23,37 @@ def apply_rotary(
     """Turns each pair (a, b) of features of a token at position t: `(a cos[t] - b sin[t], a sin[t] + b cos[t])`.
 
     Args:
-        x: [B, S, H, D], or [T, H, D] with cu_seqlens. The first R of its D features are turned, the others kept.
+        x: [B, S, H, D], or [T, H, D] with cu_seqlens, floating point. The first R of its D features are turned, the
+            others kept.
         cos, sin: [positions, R / 2], R <= D.
         interleaved: pairs are (0, 1), (2, 3) ... (GPT-J) rather than (0, R/2), (1, R/2 + 1) ... (NeoX, Llama).
-        offsets: position of the first token of each sequence: an integer, or [B]. A position that cos does not
-            have is an error, and NaN where it is not known before the call runs.
+        offsets: position of the first token of each sequence: an integer, or integers [B]. A position that cos
+            does not have is an error, and NaN where it is not known before the call runs.
         cu_seqlens: integers [N + 1], where packed sequences start; then offsets are [N] or an integer.
 
     Returns:
         x, turned in float32 or wider, in its dtype and shape. Differentiable.
 
     Raises:
-        ValueError, TypeError: a shape breaks a rule above, or a position is outside of cos.
+        ValueError, TypeError: a shape or dtype breaks a rule above, or a position is outside of cos.
 
     Source: Su et al., RoFormer (arXiv 2104.09864).
     """
-    x, offsets = array("x", x), jnp.asarray(offsets, jnp.int32)
+    x, offsets = array("x", x), jnp.asarray(offsets)
     if x.ndim != (4 if cu_seqlens is None else 3):
         axes = "[batch, seq, heads, dim]" if cu_seqlens is None else "[tokens, heads, dim] with cu_seqlens"
         raise ValueError(f"x.shape={x.shape} must be {axes}")
+    if not jnp.issubdtype(offsets.dtype, jnp.integer):
+        raise TypeError(f"offsets.dtype={offsets.dtype.name} must be an integer type")
+    offsets = offsets.astype(jnp.int32)
+    if cu_seqlens is not None:
+        cu_seqlens = jnp.asarray(_key_ranges.check_cu_seqlens("cu_seqlens", cu_seqlens, x.shape[0]))
     row = jnp.arange(x.shape[-3], dtype=jnp.int32)
-    count = x.shape[0] if cu_seqlens is None else jnp.shape(cu_seqlens)[0] - 1
+    count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if offsets.shape not in ((), (count,)):
         raise ValueError(f"offsets.shape={offsets.shape} must be () or [{count}], one for each sequence")
     if cu_seqlens is None:
         return rotate(x, cos, sin, offsets.reshape(-1, 1) + row, interleaved)
-    cu_seqlens = jnp.asarray(_key_ranges.check_cu_seqlens("cu_seqlens", cu_seqlens, x.shape[0]))
     sequence = _key_ranges.sequence_of(row, cu_seqlens)
     present = row < cu_seqlens[-1]
     positions = row - cu_seqlens[sequence] + (offsets if offsets.ndim == 0 else offsets[sequence])
@@ -57,6 +62,9 @@ def apply_rotary(
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, positions: jax.Array, interleaved: bool) -> jax.Array:
     """`apply_rotary` of x [B, S, H, D] at positions [B|1, S]."""
+    interleaved = flag("interleaved", interleaved)
+    if x.dtype.name not in DTYPES:
+        raise TypeError(f"x.dtype={x.dtype.name} must be one of {', '.join(DTYPES)}")
     cos, sin = array("cos", cos), array("sin", sin)
     check_tables(x.shape[-1], cos, sin)
     if not isinstance(positions, Tracer) and positions.size:

@@ -159,6 +159,7 @@ def test_nothing_to_do(empty):
     for options in (
         {},
         {"causal": True, "softcap": 2.0, "dropout_rate": 0.1, "dropout_key": jax.random.key(0)},
+        {"alibi_slopes": jnp.ones((arrays["q"].shape[0], arrays["q"].shape[2]))},
     ):
         check(arrays, **options)
 

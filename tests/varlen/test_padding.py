@@ -75,6 +75,9 @@ def test_concatenated_sequences():
     static = jax.jit(lambda x, n: unpad_input_for_concatenated_sequences(x, n, size=17, sequences=7))(x, lengths)
     assert static[2].tolist() == [0, 2, 5, 8, 10, 16, 16, 16]
     assert jnp.array_equal(static[0][:16], packed)
+    for lengths in ([[2, 3, 1, 0, 0, 0]] * 3, [[3, 4, 0, 0, 0, 0]] * 3):  # nine sequences; more than a row holds
+        few = jax.jit(lambda x, n: unpad_input_for_concatenated_sequences(x, n, size=21, sequences=7))
+        assert jnp.isnan(few(x, np.array(lengths))[0]).all()
 
 
 def test_attention_without_padding_is_attention_of_what_is_there():
@@ -97,7 +100,12 @@ ERRORS = {
     "overlap": (lambda x: unpad_input(x, MASK, unused_mask=MASK), ValueError, "must be False wherever mask is True"),
     "size": (lambda x: unpad_input(x, MASK, size=7), ValueError, "size=7 must be >= 8"),
     "jit": (lambda x: jax.jit(unpad_input)(x, MASK), ValueError, "size must be given under jit"),
-    "indices": (lambda x: pad_input(x, jnp.arange(4), 3, 5), ValueError, r"indices.shape=\(4,\) must be \[T\]=\[3\]"),
+    "indices": (
+        lambda x: pad_input(x, jnp.arange(4), 3, 5),
+        ValueError,
+        r"indices int32 \(4,\) must be integers \[T\]=\[3\]",
+    ),
+    "index": (lambda x: pad_input(x, jnp.arange(3), 1, 1), ValueError, r"indices 0 to 2 must be in \[0, 1\]"),
     "lengths": (
         lambda x: unpad_input_for_concatenated_sequences(x, np.array([[6, 0, 0, 0, 0]] * 3)),
         ValueError,

@@ -81,9 +81,13 @@ def test_a_position_without_a_row():
         ({"x": jnp.zeros((1, 9, 2, 8))}, "rotary dim R=12, twice the width of cos, must be <= head_dim=8"),
         ({"sin": jnp.zeros((40, 5))}, r"cos.shape=\(40, 6\) and sin.shape=\(40, 5\) must be one"),
         ({"offsets": jnp.zeros(2, jnp.int32)}, r"offsets.shape=\(2,\) must be \(\) or \[1\]"),
+        ({"offsets": 1.5}, "offsets.dtype=float32 must be an integer type"),
+        ({"x": jnp.zeros((1, 9, 2, 16), int)}, "x.dtype=int32 must be one of bfloat16"),
+        ({"interleaved": "neox"}, "interleaved='neox' must be True or False"),
+        ({"x": jnp.zeros((9, 2, 16)), "cu_seqlens": np.int32(9)}, r"cu_seqlens.shape=\(\) must be \[N \+ 1\]"),
     ],
 )
 def test_errors(changed, message):
     arrays = {"x": normal(5, 1, 9, 2, 16), "cos": tables()[0], "sin": tables()[1], **changed}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         apply_rotary(**arrays)
