@@ -116,7 +116,7 @@ def _keys(p: AttentionProblem, a: CacheArrays, blocks: Blocks, cache: jax.Array,
         return lax.dynamic_slice_in_dim(cache, slot, blocks.keys, axis=1)
     if blocks.pages == 1:
         size = (1, blocks.keys, *cache.shape[2:])
-        one = lambda row: lax.dynamic_slice(cache, (row, slot, 0, 0), size)[0]  # noqa: E731
+        one = lambda row: lax.dynamic_slice(cache, (row, slot, jnp.int32(0), jnp.int32(0)), size)[0]  # noqa: E731
         return jax.vmap(one)(lax.dynamic_index_in_dim(a.pages, page, axis=1, keepdims=False))
     rows = a.pages.at[:, page + jnp.arange(blocks.pages)].get(mode="clip")
     return cache.at[rows].get(mode="clip").reshape(p.B, blocks.keys, *cache.shape[2:])
