@@ -11,7 +11,9 @@ import functools
 import jax
 
 from jflash import _transforms, backends
+from jflash._partition import over_devices, typed
 from jflash._transforms import fold, fold_into_batch
+from pallas_kernels.parts import dropout
 from pallas_kernels.problem import AttentionArrays, AttentionGradients, AttentionProblem
 
 
@@ -20,7 +22,7 @@ def attend(problem: AttentionProblem, backend: str, arrays: AttentionArrays) -> 
     """out [B, Sq, H, Dv] and lse [B, H, Sq], differentiable in q, k, v, bias and sinks."""
     if backend == "reference":
         return backends.get(backend, backends.attending(problem)).forward(problem, arrays)
-    return _attend(problem, backend, arrays)
+    return typed(functools.partial(_attend, problem, backend), arrays, _AXES, _OUT_LSE)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -63,22 +65,48 @@ def _attend_bwd(problem: AttentionProblem, backend: str, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
+# The axes of the operands of a backward, of which a forward has the first, and of the gradients.
+_AXES = AttentionArrays(
+    q="B.H.", k="B.H.", v="B.H.", bias="BH..", mask="BH..", q_segment_ids="B.", kv_segment_ids="B.", key_ranges="B..",
+    alibi_slopes="BH.", sinks="BH", dropout_seeds="B.", row_ends="B.",
+)  # fmt: skip
+_OUT_LSE = ("B.H.", "BH.")
+_GRADIENTS = AttentionGradients(*(getattr(_AXES, name) for name in AttentionGradients._fields))
+
+
 def _forward(problem: AttentionProblem, operands, *, backend: str):
-    return backends.get(backend, backends.attending(problem)).forward(problem, *operands)
+    run = backends.get(backend, backends.attending(problem)).forward
+    return over_devices(run, problem, operands, _of_part, (_AXES,), _OUT_LSE)
 
 
 def _backward(problem: AttentionProblem, operands, *, backend: str) -> AttentionGradients:
-    return backends.get(backend, backends.attending(problem)).backward(problem, *operands)
+    run = backends.get(backend, backends.attending(problem)).backward
+    return over_devices(run, problem, operands, _of_part, (_AXES, *_OUT_LSE, *_OUT_LSE), _GRADIENTS)
+
+
+def _of_part(problem: AttentionProblem, operands, index):
+    """The problem and the operands of one of the parts of the heads."""
+    arrays, *rest = operands
+    problem = _of_shapes(problem, arrays)
+    if arrays.dropout_seeds is not None:
+        seeds = dropout.seeds_from_head(arrays.dropout_seeds, index * problem.H)
+        arrays = arrays._replace(dropout_seeds=seeds)
+    return problem, (arrays, *rest)
+
+
+def _of_shapes(problem: AttentionProblem, arrays: AttentionArrays) -> AttentionProblem:
+    """The same problem with the batch and the heads of these arrays."""
+    B, _, H, _ = arrays.q.shape
+    return dataclasses.replace(
+        problem, B=B, H=H, Hk=arrays.k.shape[2], bias_shape=_shape(arrays.bias), mask_shape=_shape(arrays.mask)
+    )
 
 
 def _fold_operands(n: int, problem: AttentionProblem, operands, is_mapped):
     """The problem and the operands (AttentionArrays, *[B, ...]) of n examples in one batch."""
     arrays = _fold_arrays(n, problem, operands[0], is_mapped[0])
     rest = (fold(n, problem.B, x, m) for x, m in zip(operands[1:], is_mapped[1:], strict=True))
-    folded = dataclasses.replace(
-        problem, B=n * problem.B, bias_shape=_shape(arrays.bias), mask_shape=_shape(arrays.mask)
-    )
-    return folded, (arrays, *rest)
+    return _of_shapes(problem, arrays), (arrays, *rest)
 
 
 def _fold_arrays(n: int, problem: AttentionProblem, arrays: AttentionArrays, is_mapped) -> AttentionArrays:

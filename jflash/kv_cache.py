@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from jflash import _transforms, backends, rotary
 from jflash._arguments import array, bind, known
+from jflash._partition import over_devices, typed
 from pallas_kernels.problem import AttentionProblem, CacheArrays
 
 
@@ -134,7 +135,25 @@ class _Rotation:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(problem: AttentionProblem, backend: str, rotation: _Rotation, operands: _Operands):
     """out, lse and the caches."""
-    x = _Operands(*_transforms.forward_only("flash_attention_with_kvcache", tuple(operands)))
+    operands = _Operands(*_transforms.forward_only("flash_attention_with_kvcache", tuple(operands)))
+    step = functools.partial(_step, backend, rotation)
+    B = "B" if operands.pages is None else "."  # a page may be anybody's
+    axes = _Operands(
+        q=f"{B}.H.", k_cache=f"{B}.H.", v_cache=f"{B}.H.", k=f"{B}.H.", v=f"{B}.H.", tables=("..", ".."),
+        start=B, leftpad=B, pages="..", alibi_slopes=f"{B}H", sinks=f"{B}H",
+    )  # fmt: skip
+    results = axes.q, f"{B}H.", axes.k_cache, axes.v_cache
+    split = lambda operands: over_devices(step, problem, (operands,), _of_part, (axes,), results)  # noqa: E731
+    return typed(split, operands, axes, results)
+
+
+def _of_part(problem: AttentionProblem, operands, _):
+    """The problem and the operands of one part of the batch and of the heads."""
+    (B, _, H, _), Hk = operands[0].q.shape, operands[0].k_cache.shape[2]
+    return dataclasses.replace(problem, B=B, H=H, Hk=Hk), operands
+
+
+def _step(backend: str, rotation: _Rotation, problem: AttentionProblem, x: _Operands):
     ok = _usable(problem, rotation, x)
     if x.tables is not None:
         x = _rotated(problem, rotation, x)

@@ -21,6 +21,11 @@ def batch_seeds(key: jax.Array, batch: int) -> jax.Array:
     return jnp.stack([_mix(words[0] + b * jnp.uint32(WEYL)), _mix(words[1] ^ _mix(b))], axis=-1)
 
 
+def seeds_from_head(seeds: jax.Array, head) -> jax.Array:
+    """The seeds with which heads counted from 0 have the masks of the heads from `head` on."""
+    return seeds.at[:, 0].add(jnp.uint32(WEYL) * jnp.asarray(head, jnp.uint32))
+
+
 def row_keys(seed0: jax.Array, seed1: jax.Array, h: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The two keys of row i of head h; arguments broadcast, all uint32."""
     first = _mix(_mix(seed0 + h * jnp.uint32(WEYL)) + i * jnp.uint32(WEYL))

@@ -1,45 +1,175 @@
-"""Four CPU devices: run by test_transforms.py in a process of its own, whose XLA_FLAGS make them."""
+"""Four CPU devices: run by test_sharded.py in a process of its own, whose XLA_FLAGS make them.
+
+A call on shards gives what it gives alone, and the compiled program moves nothing between devices but the sums of
+what is shared: so each device worked on its own part.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jflash import flash_attention
+import jflash
+from jflash import LinearAttentionState, backends, flash_attention, l1_attention, linear_attention
 
-B, S, H, Hk, D = 4, 40, 8, 4, 16
-SPECS = {
-    "batch": P("x", None, None, None),
-    "heads": P(None, None, "x", None),
-    "batch and heads": P("x", None, "y", None),
-}
-
-
-def gradients(q, k, v, mask, d_out):
-    out, pull = jax.vjp(lambda q, k, v: flash_attention(q, k, v, causal=True, mask=mask), q, k, v)
-    return out, *pull(d_out)
+B, S, H, Hk, D = 4, 24, 8, 4, 8
+COLLECTIVES = re.compile(r"\b(all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)(?:-start)?\(")
+SEEN: list[tuple[int, int]] = []  # the batch and the heads of the calls that backends were given
+ROWS = "BSHD"  # of q, k, v and out
 
 
-def main():
-    devices = np.array(jax.devices())
-    assert devices.size == 4, devices
-    rng = np.random.default_rng(0)
-    shapes = ((B, S, H, D), (B, S, Hk, D), (B, S, Hk, D))
-    q, k, v, d_out = (rng.normal(size=shape).astype(np.float32) for shape in (*shapes, shapes[0]))
-    mask = rng.random((B, 1, 1, S)) > 0.3
-    alone = jax.jit(gradients)(q, k, v, mask, d_out)
-    for name, spec in SPECS.items():
-        mesh = Mesh(devices.reshape(2, 2), ("x", "y")) if "y" in spec else Mesh(devices, ("x",))
-        over, replicated = NamedSharding(mesh, spec), NamedSharding(mesh, P())
-        run = jax.jit(gradients, in_shardings=(over, over, over, replicated, over), out_shardings=over)
-        found = run(q, k, v, mask, d_out)
-        for one, many in zip(alone, found, strict=True):
-            assert many.sharding.is_equivalent_to(over, 4), name
-            assert np.abs(np.asarray(one) - np.asarray(many)).max() < 1e-5, name
+class Case(NamedTuple):
+    """A function of arrays, these arrays, and for each the letters of its axes: B and H are split where not 1."""
+
+    function: Callable
+    arrays: tuple
+    axes: tuple[str, ...]
+    result_axes: tuple[str, ...] = (ROWS,)
+    sums: bool = False  # gradients of what the shards share
+    batch: bool = True  # may be split
+
+
+def random(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def qkv(H=H, Hk=Hk, B=B):
+    return random(0, B, S, H, D), random(1, B, S, Hk, D), random(2, B, S, Hk, D)
+
+
+def everything(q, k, v, bias, sinks, mask, ids, slopes):
+    return flash_attention(
+        q, k, v, causal=True, bias=bias, sinks=sinks, mask=mask, segment_ids=ids,
+        alibi_slopes=slopes, return_lse=True,
+    )  # fmt: skip
+
+
+def dropped(q, k, v):
+    return flash_attention(q, k, v, dropout_rate=0.4, dropout_key=jax.random.key(3))
+
+
+def with_state(q, k, v, log_decay, kv):
+    out, state = linear_attention(
+        q, k, v, log_decay=log_decay, initial_state=LinearAttentionState(kv, None), return_state=True
+    )
+    return out, state.kv
+
+
+def packed(q, k, v):
+    cu = jnp.array([0, 7, 7, 20], jnp.int32)
+    return jflash.flash_attention_varlen(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, causal=True)[None]
+
+
+def decoded(q, k, v, lengths):
+    return jflash.flash_attention_with_kvcache(q[:, :1], k, v, cache_seqlens=lengths)[0]
+
+
+_LENGTHS = np.array([3, S, 1, 17], np.int32)
+_MASK, _IDS = random(5, B, 1, 1, S) > -1, np.arange(B * S, dtype=np.int32).reshape(B, S) // 10
+CASES = {
+    "causal": Case(lambda *x: flash_attention(*x, causal=True), qkv(), (ROWS,) * 3),
+    "everything": Case(
+        everything,
+        (*qkv(), random(3, 1, H, 1, S), random(4, H), _MASK, _IDS, np.linspace(0.1, 1, H, dtype=np.float16)),
+        (ROWS, ROWS, ROWS, ".H..", "H", "B...", "B.", "H"), (ROWS, "BHS"), sums=True,
+    ),
+    "dropout": Case(dropped, qkv(), (ROWS,) * 3),
+    "one key head": Case(lambda *x: flash_attention(*x, window=(5, 2)), qkv(Hk=1), (ROWS,) * 3, sums=True),
+    "l1": Case(lambda *x: l1_attention(*x, causal=True), qkv(), (ROWS,) * 3),
+    "packed": Case(packed, qkv(B=1), (ROWS,) * 3, batch=False),
+    "vmap": Case(jax.vmap(lambda *x: flash_attention(*x, causal=True)),
+                 tuple(x[:, None] for x in qkv()), ("B.SHD",) * 3, ("B.SHD",)),
+    "linear": Case(
+        with_state, (*qkv(), -abs(random(3, B, S, H)), random(4, B, H, D, D)), (ROWS, ROWS, ROWS, "BSH", "BH.."),
+        (ROWS, "BH.."),
+    ),
+    "linear decay of heads": Case(
+        lambda q, k, v, g: linear_attention(q, k, v, log_decay=g), (*qkv(Hk=1), -abs(random(3, H))),
+        (ROWS, ROWS, ROWS, "H"), sums=True,
+    ),
+    "linear mask": Case(
+        lambda q, k, v, m: linear_attention(q, k, v, mask=m), (*qkv(), random(3, 1, 1, S, S)),
+        (ROWS, ROWS, ROWS, "...."), sums=True,
+    ),
+    "linear packed": Case(
+        lambda *x: linear_attention(*x, cu_seqlens=jnp.array([0, 7, 20], jnp.int32)), qkv(B=1), (ROWS,) * 3, batch=False
+    ),
+}  # fmt: skip
+
+
+def gradients(case: Case):
+    """The results and the gradients of the float32 arrays, as a function of arrays and cotangents."""
+    floating = [n for n, x in enumerate(case.arrays) if x.dtype == np.float32]
+
+    def function(arrays, *some):
+        every = dict(enumerate(arrays)) | dict(zip(floating, some, strict=True))
+        found = case.function(*every.values())
+        return found if isinstance(found, tuple) else (found,)
+
+    def run(arrays, cotangents):
+        results, pull = jax.vjp(lambda *some: function(arrays, *some), *(arrays[n] for n in floating))
+        return *results, *pull(cotangents)
+
+    return run, [case.axes[n] for n in floating]
+
+
+def watched(backend: backends.Backend) -> backends.Backend:
+    """The backend, noting what it is given to do."""
+
+    def noting(run):
+        def noted(problem, *operands):
+            SEEN.append((problem.B, problem.H))
+            return run(problem, *operands)
+
+        return run and noted
+
+    return dataclasses.replace(backend, forward=noting(backend.forward), backward=noting(backend.backward))
+
+
+def check(case: Case, mesh: Mesh, names: dict) -> set[str]:
+    """Compares a call on shards with the call alone; returns what moves between devices."""
+
+    def placed(letters: str, x) -> NamedSharding:
+        return NamedSharding(mesh, P(*(names.get(a) if n > 1 else None for a, n in zip(letters, x.shape, strict=True))))
+
+    run, axes_of_gradients = gradients(case)
+    results = jax.eval_shape(case.function, *case.arrays)
+    results = results if isinstance(results, tuple) else (results,)
+    cotangents = tuple(random(10 + n, *x.shape) for n, x in enumerate(results))
+    alone = jax.jit(run)(case.arrays, cotangents)
+    where = tuple(map(placed, case.axes, case.arrays)), tuple(map(placed, case.result_axes, cotangents))
+    wanted = tuple(map(placed, (*case.result_axes, *axes_of_gradients), alone))
+    compiled = jax.jit(run, in_shardings=where, out_shardings=wanted).lower(case.arrays, cotangents).compile()
+    parts = {axis: math.prod(mesh.shape[name] for name in names.get(axis, ())) for axis in "BH"}
+    assert SEEN[-2:] == [(case.arrays[0].shape[0] // parts["B"], H // parts["H"])] * 2, SEEN
+    operands = jax.device_put((case.arrays, cotangents), where)
+    for n, (one, many) in enumerate(zip(alone, compiled(*operands), strict=True)):
+        assert np.abs(one).max() > 0.01, n
+        np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-4, err_msg=f"result {n}")
+    return set(COLLECTIVES.findall(compiled.as_text() or ""))
+
+
+def main(placement: str, *chosen: str):
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
+    names = {"batch": {"B": ("x", "y")}, "heads": {"H": ("x", "y")}, "both": {"B": ("x",), "H": ("y",)}}[placement]
+    for family in ("BACKENDS", "LINEAR", "L1", "CACHE"):
+        setattr(backends, family, tuple(map(watched, getattr(backends, family))))
+    for name in chosen:
+        case = CASES[name]
+        moved = check(case, mesh, names if case.batch else {"H": names.get("H", ())})
+        assert moved <= ({"all-reduce"} if case.sums else set()), (name, moved)
         print(f"{name}: equal")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
