@@ -1,8 +1,6 @@
 """The decode kernel in the interpreter: numbers, barriers and races. Whatever no query sees is NaN."""
 
-import contextlib
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +8,8 @@ import pytest
 
 from jflash import flash_attention_with_kvcache
 from pallas_kernels.hopper import decode
-from tests.kernels import interpreter
 from tests.kernels.calls import on_hopper
+from tests.kernels.interpreted import interpreted
 from tests.kernels.test_attention import OLD
 from tests.varlen.caches import assert_decodes
 
@@ -54,16 +52,8 @@ def call_on_shapes(*, B=16, Sq=1, H=32, Hk=8, D=128, Sc=4096, page=None, dtype=j
     return run, (array((B, Sq, H, D), dtype), cached, cached, array((B,), jnp.int32), table)
 
 
-@contextlib.contextmanager
 def decoding_on_the_cpu():
-    """Calls go through the kernel in the interpreter; fails on a race, also where JAX only records it."""
-    call = functools.partial(decode.decode, interpret=interpreter.params())
-    interpreter.reset()
-    jax.clear_caches()
-    with mock.patch.object(decode, "decode", call), on_hopper():
-        yield
-    jax.clear_caches()
-    assert not interpreter.found_races(), "the race detector found a race"
+    return interpreted((decode, "decode"))
 
 
 @pytest.mark.skipif(OLD, reason="slow on this JAX")

@@ -1,9 +1,7 @@
 """The Hopper kernels of L1 attention, forward and backward: interpreted, and compiled for an H100."""
 
-import contextlib
 import functools
 import importlib.metadata
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +14,10 @@ from pallas_kernels import l1_tiles
 from pallas_kernels.hopper import l1_backward, l1_forward
 from pallas_kernels.parts import l1_gradients
 from pallas_kernels.parts.swizzled_rows import RowsType
-from tests.kernels import calls, interpreter
+from tests.kernels import calls
 from tests.kernels.calls import on_hopper
 from tests.kernels.h100 import compile_for_h100
+from tests.kernels.interpreted import interpreted
 from tests.l1.rule import assert_same, inputs
 
 OLD = jax.__version_info__ < (0, 11)
@@ -42,20 +41,8 @@ UNPROVEN = ("L1 crossed rows", "L1 paired lanes", "L1 packed backward")
 QUICK = {"full", "causal", "grouped", "bfloat16"}
 
 
-@contextlib.contextmanager
 def on_the_cpu(*unproven_yet):
-    """Fails on a race, also where JAX only records it."""
-    params = interpreter.params()
-    interpreter.reset()
-    jax.clear_caches()
-    with contextlib.ExitStack() as patches:
-        for module, name in ((l1_forward, "l1_forward"), (l1_backward, "l1_backward")):
-            call = functools.partial(getattr(module, name), interpret=params)
-            patches.enter_context(mock.patch.object(module, name, call))
-        patches.enter_context(on_hopper(*unproven_yet))
-        yield
-    jax.clear_caches()
-    assert not interpreter.found_races(), "the race detector found a race"
+    return interpreted((l1_forward, "l1_forward"), (l1_backward, "l1_backward"), unproven_yet=unproven_yet)
 
 
 @pytest.mark.skipif(OLD, reason="takes minutes on this JAX")

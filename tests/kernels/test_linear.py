@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -18,26 +17,15 @@ from jflash import LinearAttentionState, linear_attention, linear_attention_step
 from pallas_kernels import linear_tiles
 from pallas_kernels.hopper import linear, linear_calls, linear_plan, linear_split
 from pallas_kernels.problem import LinearProblem
-from tests.kernels import interpreter
 from tests.kernels.calls import on_hopper
 from tests.kernels.h100 import compile_for_h100
+from tests.kernels.interpreted import interpreted
 from tests.linear.rule import assert_matches_oracle, inputs
 
 
-@contextlib.contextmanager
-def interpreted(multiplies=True):
-    """Fails on a race, also where JAX only records it."""
-    params = interpreter.params()
-    interpreter.reset()
-    jax.clear_caches()
-    with contextlib.ExitStack() as patches:
-        for name in ("forward", "backward"):
-            call = functools.partial(getattr(linear_calls, name), interpret=params)
-            patches.enter_context(mock.patch.object(linear_calls, name, call))
-        patches.enter_context(on_hopper(*(() if multiplies else ("linear products in the kernel",))))
-        yield
-    jax.clear_caches()
-    assert not interpreter.found_races(), "the race detector found a race"
+def on_the_cpu(multiplies=True):
+    unproven_yet = () if multiplies else ("linear products in the kernel",)
+    return interpreted((linear_calls, "forward"), (linear_calls, "backward"), unproven_yet=unproven_yet)
 
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -77,7 +65,7 @@ PACKED = {
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in CASES])
 def test_matches_oracle(name):
     shape, options = CASES[name]
-    with interpreted(multiplies=name != "head"):
+    with on_the_cpu(multiplies=name != "head"):
         assert_matches_oracle(inputs(0, jnp.bfloat16, **{"B": 1, "Hq": 1, **shape}), "hopper", **options)
 
 
@@ -93,7 +81,7 @@ def test_packed(name):
         there = (x for x in ("q", "k", "v", "log_decay") if getattr(arguments.get(x), "ndim", 1) > 1)
         return linear_attention(**arguments | {x: arguments[x].at[:, 140:].set(jnp.nan) for x in there})
 
-    with interpreted():
+    with on_the_cpu():
         assert_matches_oracle(arrays, "hopper", attend, return_state=False, **options)
 
 
@@ -112,7 +100,7 @@ def test_packed(name):
 def test_segments_of_time(shape, options):
     arrays = inputs(2, jnp.bfloat16, **{"B": 1, "Hq": 1, "S": 256, "D": 64, **shape})
     small = mock.patch.object(linear_split, "_SHORTEST", 2), mock.patch.object(linear_split, "SMS", 4)
-    with small[0], small[1], interpreted(multiplies="Hq" not in shape or shape["Hq"] != 4):
+    with small[0], small[1], on_the_cpu(multiplies="Hq" not in shape or shape["Hq"] != 4):
         assert_matches_oracle(arrays, "hopper", **options)
 
 
@@ -122,7 +110,7 @@ def test_a_decay_of_nothing_forgets():
     arrays = inputs(1, jnp.bfloat16, B=1, S=100, Hq=1, D=64, decay="token")
     forgetful = arrays | {"log_decay": arrays["log_decay"].at[:, 70].set(-jnp.inf)}
     later = {name: x[:, 70:] for name, x in forgetful.items()}
-    with interpreted():
+    with on_the_cpu():
         out = linear_attention(**forgetful, implementation="hopper")[:, 70:]
         alone = linear_attention(**later, implementation="hopper")
     assert jnp.abs(out - alone).max() <= 0.02 * jnp.abs(alone).max()

@@ -19,28 +19,21 @@ from pallas_kernels.hopper import linear, linear_masked, linear_masked_gradient
 from pallas_kernels.parts import schedule
 from pallas_kernels.parts.shared_mask import Sharing
 from pallas_kernels.problem import LinearProblem
-from tests.kernels import interpreter
 from tests.kernels.calls import on_hopper
 from tests.kernels.h100 import compile_for_h100
+from tests.kernels.interpreted import interpreted
 from tests.linear.rule import assert_matches_oracle, inputs
 
 
 @contextlib.contextmanager
-def interpreted():
-    """Fails on a race, also where JAX only records it."""
-    params = interpreter.params()
-    interpreter.reset()
-    jax.clear_caches()
-    with contextlib.ExitStack() as patches:
-        for name in ("forward", "backward"):
-            call = functools.partial(getattr(linear_masked, name), interpret=params)
-            patches.enter_context(mock.patch.object(linear_masked, name, call))
-        patches.enter_context(mock.patch.object(schedule, "SMS", 1))  # so that a CTA takes more than one tile
-        patches.enter_context(mock.patch.object(linear_masked_gradient, "_MOST_PARTS", 2))
-        patches.enter_context(on_hopper())
+def on_the_cpu():
+    """A CTA takes more than one tile."""
+    with (
+        mock.patch.object(schedule, "SMS", 1),
+        mock.patch.object(linear_masked_gradient, "_MOST_PARTS", 2),
+        interpreted((linear_masked, "forward"), (linear_masked, "backward")),
+    ):
         yield
-    jax.clear_caches()
-    assert not interpreter.found_races(), "the race detector found a race"
 
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -66,7 +59,7 @@ def test_matches_oracle(name):
     arrays = inputs(0, jnp.bfloat16, **shape)
     if name == "float32_mask":
         arrays["mask"] = arrays["mask"].astype(jnp.float32)
-    with interpreted():
+    with on_the_cpu():
         assert_matches_oracle(arrays, "hopper", **options)
 
 
@@ -74,7 +67,7 @@ def test_matches_oracle(name):
 def test_boolean_mask_and_float16():
     arrays = inputs(0, jnp.float16, B=1, S=72, Hq=2, D=64)
     arrays["mask"] = jnp.asarray(np.random.default_rng(1).random((1, 2, 72, 72)) < 0.6)
-    with interpreted():
+    with on_the_cpu():
         assert_matches_oracle(arrays, "hopper")
 
 
