@@ -51,8 +51,16 @@ def call(function: Callable, tensors: Tensors, *, x64: bool = False, **static) -
         except RuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-        torch.cuda.empty_cache()  # torch may keep, unused, the memory that JAX lacks
+        _give_back(device)
         return to_torch(function(*to_jax(tensors, device), **static), device)
+
+
+def _give_back(device: torch.device) -> None:
+    """Frees what JAX may lack: its own arrays that torch has read by now, and what torch keeps unused."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    sweep()
+    torch.cuda.empty_cache()
 
 
 @functools.cache

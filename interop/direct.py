@@ -99,7 +99,7 @@ class Launch:
 
     def __init__(self, program: Program, device: torch.device):
         self.device, self.index = device, device.index
-        self.constants = [bridge.canonical(x.to(device)) for x in program.constants]
+        self.constants = [bridge.canonical(x).to(device) for x in program.constants]
         self.steps = [(_runner(step, device), _chosen(step.operands)) for step in program.steps]
         self.returned = _chosen(program.returned)
         self.first_returned, self.to_first = program.returned[0], self.steps[: program.to_first]
