@@ -45,19 +45,21 @@ def over_devices(function: Callable, problem, operands, of_part: Callable, axes,
     device already. A process of one device, outside of a mesh, traces the function alone.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.manual_axes:
-        return _on_one_device(functools.partial(function, problem), operands)
     if mesh.empty and jax.device_count() == 1:
         return function(problem, *operands)
-    jaxpr, shapes = jax.make_jaxpr(functools.partial(function, problem), return_shape=True)(*_shapes(operands))
     leaves, tree = jax.tree.flatten(operands)
-    call = Call(function, problem, of_part, tree, _letters(operands, axes), _letters(shapes, result_axes))
-    return jax.tree.unflatten(jax.tree.structure(shapes), _split(call, jaxpr, *leaves))
+    jaxpr, shapes = _traced(functools.partial(function, problem), operands)
+    if mesh.manual_axes:
+        results = _varying_over(_varying(leaves), _on_one_device(jaxpr, leaves))
+    else:
+        call = Call(function, problem, of_part, tree, _letters(operands, axes), _letters(shapes, result_axes))
+        results = _split(call, jaxpr, *leaves)
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
 @functools.partial(custom_partitioning, static_argnums=(0, 1))
 def _split(call: Call, jaxpr, *leaves: jax.Array) -> list[jax.Array]:
-    return jaxpr_as_fun(jaxpr)(*leaves)
+    return _on_one_device(jaxpr, leaves)
 
 
 def _partition(call: Call, _, mesh, operands: Sequence, results: Sequence):
@@ -68,7 +70,8 @@ def _partition(call: Call, _, mesh, operands: Sequence, results: Sequence):
     def on_part(*leaves):
         index = lax.axis_index(parts["H"]) if parts["H"] else 0
         problem, mine = call.of_part(call.problem, jax.tree.unflatten(call.tree, leaves), index)
-        found = jax.tree.leaves(_on_one_device(functools.partial(call.function, problem), mine))
+        jaxpr, _ = _traced(functools.partial(call.function, problem), mine)
+        found = _on_one_device(jaxpr, jax.tree.leaves(mine))
         return [_summed(x, names) for x, names in zip(found, shared, strict=True)]
 
     shared = [_sharing(parts, letters, x.shape) for letters, x in zip(call.results, results, strict=True)]
@@ -159,13 +162,17 @@ def _summed(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
 # --- on one device
 
 
-def _on_one_device(function: Callable, operands):
-    """function(*operands), whose inside need not say over which axes of a mesh its values vary."""
+def _traced(function: Callable, operands):
+    """The jaxpr of function(*operands) on one device, and the shapes of its results."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
     with jax.sharding.use_abstract_mesh(_NO_MESH):
-        jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*_shapes(operands))
+        return jax.make_jaxpr(function, return_shape=True)(*shapes)
+
+
+def _on_one_device(jaxpr, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    """What a jaxpr gives, which need not know over which axes of a mesh its values vary."""
     avals = {"in_avals": tuple(jaxpr.in_avals), "out_avals": tuple(jaxpr.out_avals)}
-    results = _one_device_p.bind(*jax.tree.leaves(operands), run=jaxpr_as_fun(jaxpr), **avals)
-    return jax.tree.unflatten(jax.tree.structure(shapes), _varying_over(_varying(operands), results))
+    return _one_device_p.bind(*leaves, run=jaxpr_as_fun(jaxpr), **avals)
 
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())
@@ -180,10 +187,6 @@ def _lower(ctx, *values, run, in_avals, **_):
 
 
 mlir.register_lowering(_one_device_p, _lower)
-
-
-def _shapes(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def _varying(tree) -> frozenset[str]:

@@ -54,11 +54,16 @@ def compile_for_h100(function, *shapes, donated: tuple[int, ...] = ()):
         return compiled, [_read(path) for path in sorted(Path(folder).glob("*.ptxas"))]
 
 
-def _compile(function, *shapes):
+def h100s(count: int) -> jax.sharding.Mesh:
+    """A mesh of devices that are not there, along an axis x."""
     from jax.experimental import topologies
 
-    topology = topologies.get_topology_desc(platform="cuda", target_config=_DEVICE, topology="1x1x1")
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    topology = topologies.get_topology_desc(platform="cuda", target_config=_DEVICE, topology=f"1x1x{count}")
+    return topologies.make_mesh(topology, (count,), ("x",))
+
+
+def _compile(function, *shapes):
+    mesh = h100s(1)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
