@@ -9,6 +9,7 @@ from __future__ import annotations
 # inline_mgpu supplies the first argument of what it decorates.
 # pyright: reportCallIssue=false
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -64,13 +65,11 @@ def _distances(columns: int, is_crossed: bool, is_paired: bool, _, y_ref, *x_ref
             for start in starts
         ]
         ends = [_pointer(y_ref, arith.addi(column, integer(e)), place) for e in range(2)]
-        for j in range(columns // 8):
-            for e in range(2):
-                far = swizzled_rows.read(swizzled_rows.below(ends[e], 8 * j))
-                for total, x in zip(sums, near, strict=True):
-                    for r in range(2):
-                        at = 4 * j + 2 * r + e
-                        total[at] = arith.subf(total[at], _size(x[r], far))
+        for j, e in itertools.product(range(columns // 8), range(2)):
+            far = swizzled_rows.read(swizzled_rows.below(ends[e], 8 * j))
+            for (total, x), r in itertools.product(zip(sums, near, strict=True), range(2)):
+                at = 4 * j + 2 * r + e
+                total[at] = arith.subf(total[at], _size(x[r], far))
         return sums
 
     def tile(total):

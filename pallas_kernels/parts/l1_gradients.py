@@ -13,6 +13,7 @@ from __future__ import annotations
 # inline_mgpu supplies the first argument of what it decorates.
 # pyright: reportCallIssue=false
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -107,11 +108,10 @@ def _add(is_crossed: bool, is_paired: bool, _, sums, ds, memory, x_ref, y_ref):
             weights = swizzled_rows.read(swizzled_rows.moved(ds_start, arith.muli(j, integer(4 * _STRIDE))))
             for c in range(chunks):
                 y = swizzled_rows.read(swizzled_rows.pointer(y_ref, integer(c), j, four))
-                for i in range(_ROWS):
-                    for e in range(FOUR):
-                        at = FOUR * (_ROWS * c + i) + e
-                        half = _half_of_sign_and_one(arith.subf(x[c][i][e], y[e]))
-                        totals[at] = math_dialect.fma(weights[i], half, totals[at])
+                for i, e in itertools.product(range(_ROWS), range(FOUR)):
+                    at = FOUR * (_ROWS * c + i) + e
+                    half = _half_of_sign_and_one(arith.subf(x[c][i][e], y[e]))
+                    totals[at] = math_dialect.fma(weights[i], half, totals[at])
         return totals
 
     return wgmma_layout.tile(sums.shape, lambda _, e, column, r: done.results[4 * (column // 8) + 2 * r + e])

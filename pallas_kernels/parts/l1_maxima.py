@@ -12,6 +12,7 @@ from __future__ import annotations
 # inline_mgpu supplies the first argument of what it decorates.
 # pyright: reportCallIssue=false
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -81,10 +82,9 @@ def _sums(columns: int, dtype: str, is_crossed: bool, _, y_ref, *x_refs):
             start = place(y_ref, row=integer(n))
             for j in range(columns // 8):
                 far, at = _read(swizzled_rows.below(start, 8 * j)), slice(4 * j, 4 * j + 4)
-                for total, x in zip(sums, near, strict=True):
-                    for k in (0, 2):
-                        left = [_maximum(x[r][k + i], far[k + i], dtype) for i in range(2) for r in range(2)]
-                        total[at] = multiply(left, (ones[n], ones[n]), total[at], dtype)
+                for (total, x), k in itertools.product(zip(sums, near, strict=True), (0, 2)):
+                    left = [_maximum(x[r][k + i], far[k + i], dtype) for i in range(2) for r in range(2)]
+                    total[at] = multiply(left, (ones[n], ones[n]), total[at], dtype)
         return sums
 
     def tile(total):
