@@ -101,7 +101,7 @@ def segments(pair: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> list[Tensor]:
 
 
 def square(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """A mask or a bias that broadcasts to [B, H, Sq, Sk], with four axes."""
+    """A mask or a bias that broadcasts to [B, H, Sq, Sk], with four axes. A mask that was expanded is not any more."""
     _check_tensor(name, x)
     full = [q.shape[0], q.shape[2], q.shape[1], k.shape[1]]
     if x.dtype not in (torch.bool, torch.float32, q.dtype):
@@ -110,7 +110,11 @@ def square(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
     if lead < 0 or any(n not in (1, m) for n, m in zip(x.shape, full[lead:], strict=True)):
         raise ValueError(f"{name}.shape={_list(x)} must broadcast to [B, H, Sq, Sk]={full}")
     _check_device(name, x, q)
-    return x.reshape([1] * lead + _list(x))
+    x = x.reshape([1] * lead + _list(x))
+    for axis, step in enumerate(x.stride()):
+        if x.dtype == torch.bool and step == 0 and x.shape[axis] > 1:
+            x = x.narrow(axis, 0, 1)
+    return x
 
 
 def cu_seqlens(name: str, x: Tensor, like: Tensor, longest: int | None) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from interop import scaled_dot_product_attention
+from interop.operands import TENSORS, Operands
 from tests.interop.cases import Recorded, assert_follows, by_jax, dropout_key, gradients, qkv
 
 
@@ -118,3 +119,15 @@ def test_transposed_inputs_are_not_copied():
         scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors))
     ((q, k, v, *_),) = recorded.calls
     assert [(x.data_ptr(), x.is_contiguous()) for x in (q, k, v)] == [(x.data_ptr(), True) for x in tensors]
+
+
+def test_expanded_masks_are_not_copied():
+    """As Transformers makes them: one mask for the whole batch."""
+    mask = torch.rand(1, 1, 17, 29, generator=torch.Generator().manual_seed(8)) < 0.6
+    tensors = [x.detach() for x in heads_first(qkv(8, Sq=17, Sk=29, Hk=4))]
+    with Recorded() as recorded:
+        out = scaled_dot_product_attention(*tensors, attn_mask=mask.expand(2, 4, -1, -1))
+    found = Operands(*recorded.calls[0][:TENSORS]).mask
+    assert (found.shape, found.data_ptr()) == (mask.shape, mask.data_ptr())
+    expected = functional.scaled_dot_product_attention(*tensors, attn_mask=mask)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
