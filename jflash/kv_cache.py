@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.custom_batching import custom_vmap
 
 from jflash import _transforms, backends, rotary
 from jflash._arguments import array, bind, known
@@ -143,7 +144,16 @@ def _run(problem: AttentionProblem, backend: str, rotation: _Rotation, operands:
         start=B, leftpad=B, pages="..", alibi_slopes=f"{B}H", sinks=f"{B}H",
     )  # fmt: skip
     results = axes.q, f"{B}H.", axes.k_cache, axes.v_cache
-    split = lambda operands: over_devices(step, problem, (operands,), _of_part, (axes,), results)  # noqa: E731
+
+    @custom_vmap
+    def split(operands):
+        return over_devices(step, problem, (operands,), _of_part, (axes,), results)
+
+    @split.def_vmap
+    def _(n, is_mapped, operands):
+        axes = jax.tree.map(lambda mapped: 0 if mapped else None, is_mapped)
+        return jax.vmap(functools.partial(step, problem), tuple(axes), axis_size=n)(operands), (True,) * len(results)
+
     return typed(split, operands, axes, results)
 
 

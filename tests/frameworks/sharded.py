@@ -37,6 +37,7 @@ class Case(NamedTuple):
     result_axes: tuple[str, ...] = (ROWS,)
     sums: bool = False  # gradients of what the shards share
     batch: bool = True  # may be split
+    differentiable: bool = True
 
 
 def random(seed: int, *shape: int) -> np.ndarray:
@@ -70,11 +71,10 @@ def packed(q, k, v):
     return jflash.flash_attention_varlen(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, causal=True)[None]
 
 
-def decoded(q, k, v, lengths):
-    return jflash.flash_attention_with_kvcache(q[:, :1], k, v, cache_seqlens=lengths)[0]
+def decoded(q, k_cache, v_cache, k, v, lengths):
+    return jflash.flash_attention_with_kvcache(q[:, :1], k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True)
 
 
-_LENGTHS = np.array([3, S, 1, 17], np.int32)
 _MASK, _IDS = random(5, B, 1, 1, S) > -1, np.arange(B * S, dtype=np.int32).reshape(B, S) // 10
 CASES = {
     "causal": Case(lambda *x: flash_attention(*x, causal=True), qkv(), (ROWS,) * 3),
@@ -87,6 +87,10 @@ CASES = {
     "one key head": Case(lambda *x: flash_attention(*x, window=(5, 2)), qkv(Hk=1), (ROWS,) * 3, sums=True),
     "l1": Case(lambda *x: l1_attention(*x, causal=True), qkv(), (ROWS,) * 3),
     "packed": Case(packed, qkv(B=1), (ROWS,) * 3, batch=False),
+    "cache": Case(
+        decoded, (*qkv(), random(3, B, 2, Hk, D), random(4, B, 2, Hk, D), np.array([3, S - 2, 0, 17], np.int32)),
+        (*(ROWS,) * 5, "B"), (ROWS,) * 3, differentiable=False,
+    ),
     "vmap": Case(jax.vmap(lambda *x: flash_attention(*x, causal=True)),
                  tuple(x[:, None] for x in qkv()), ("B.SHD",) * 3, ("B.SHD",)),
     "linear": Case(
@@ -109,7 +113,7 @@ CASES = {
 
 def gradients(case: Case):
     """The results and the gradients of the float32 arrays, as a function of arrays and cotangents."""
-    floating = [n for n, x in enumerate(case.arrays) if x.dtype == np.float32]
+    floating = [n for n, x in enumerate(case.arrays) if x.dtype == np.float32 and case.differentiable]
 
     def function(arrays, *some):
         every = dict(enumerate(arrays)) | dict(zip(floating, some, strict=True))
@@ -151,7 +155,8 @@ def check(case: Case, mesh: Mesh, names: dict) -> set[str]:
     wanted = tuple(map(placed, (*case.result_axes, *axes_of_gradients), alone))
     compiled = jax.jit(run, in_shardings=where, out_shardings=wanted).lower(case.arrays, cotangents).compile()
     parts = {axis: math.prod(mesh.shape[name] for name in names.get(axis, ())) for axis in "BH"}
-    assert SEEN[-2:] == [(case.arrays[0].shape[0] // parts["B"], H // parts["H"])] * 2, SEEN
+    calls = 2 if case.differentiable else 1
+    assert SEEN[-calls:] == [(case.arrays[0].shape[0] // parts["B"], H // parts["H"])] * calls, SEEN
     operands = jax.device_put((case.arrays, cotangents), where)
     for n, (one, many) in enumerate(zip(alone, compiled(*operands), strict=True)):
         assert np.abs(one).max() > 0.01, n
