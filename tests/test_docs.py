@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -10,8 +11,16 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 PROGRAM = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture
+def compiled_for_one_run():
+    """Compilation is most of what the pages take."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if PROGRAM.search(p.read_text())], ids=lambda page: page.stem)
-def test_programs_run(page):
+def test_programs_run(page, compiled_for_one_run):
     pytest.importorskip("torch")
     text = page.read_text()
     names = {"__name__": f"{page.stem}_page"}
