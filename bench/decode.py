@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import results, run
-from bench.peers import Peer, available, ready
+from bench.peers import Peer, Shape, available, ready
 from bench.timing import Timed, interleaved
 from jflash import flash_attention_with_kvcache
 
@@ -23,16 +23,9 @@ COLD = 400e6  # bytes that a turn reads at least, so that nothing it reads is st
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(Shape):
     """Sq queries of each entry on a cache of Sk keys, all in use, or from a quarter of them up if ragged."""
 
-    B: int
-    Sq: int
-    Sk: int
-    H: int
-    Hk: int
-    D: int
-    Dv: int
     causal: bool = True
     page: int | None = None
     ragged: bool = False

@@ -12,22 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from bench import results, run
-from bench.peers import Peer, available, jax_peer, ready, torch_peer
+from bench.peers import Peer, Shape, available, jax_peer, ready, torch_peer
 from bench.timing import Timed, interleaved
 from jflash import LinearAttentionState, flash_attention, linear_attention, linear_attention_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(Shape):
     """decay: "head" or "token"; mask: its batch and head sizes, over all pairs. Sq = 1 is a decode step."""
 
-    B: int
-    Sq: int
-    Sk: int
-    H: int
-    Hk: int
-    D: int
-    Dv: int
     decay: str | None = None
     mask: tuple[int, int] | None = None
 

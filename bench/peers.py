@@ -19,8 +19,8 @@ from bench.timing import Timed
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One attention problem. window: keys seen before a query's own."""
+class Shape:
+    """The axes of a case, by the letters used everywhere."""
 
     B: int
     Sq: int
@@ -29,6 +29,12 @@ class Case:
     Hk: int
     D: int
     Dv: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(Shape):
+    """One attention problem. window: keys seen before a query's own."""
+
     causal: bool = False
     window: tuple[int, int] | None = None
     feature: str | None = None  # one of bench.attention's FEATURES, of ours alone

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import peers, results, run
-from bench.peers import Peer, available, jax_peer, ready, torch_peer
+from bench.peers import Peer, Shape, available, jax_peer, ready, torch_peer
 from bench.timing import interleaved
 from jflash import flash_attention, flash_attention_varlen
 
@@ -21,16 +21,9 @@ TOKENS, WIDTH, SIGMA = 16384, 2048, 0.8
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(Shape):
     """B sequences of Sq tokens in all."""
 
-    B: int
-    Sq: int
-    Sk: int
-    H: int
-    Hk: int
-    D: int
-    Dv: int
     causal: bool = False
 
     @property
