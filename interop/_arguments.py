@@ -45,6 +45,22 @@ def check_axes(name: str, x: Tensor, axes: str) -> None:
         raise ValueError(f"{name}.shape={_list(x)} must have {axes.count(',') + 1} axes: {axes}")
 
 
+def unpack(name: str, x: Tensor, lead: str, parts: int) -> tuple[Tensor, ...]:
+    """The slices of x [lead, parts, heads, dim]."""
+    axes = f"[{lead}, {parts}, heads, dim]"
+    check_axes(name, x, axes)
+    if x.shape[-3] != parts:
+        raise ValueError(f"{name}.shape={_list(x)} must be {axes}")
+    return x.unbind(-3)
+
+
+def check_integers(name: str, x: Tensor) -> None:
+    """x is a tensor of int32 or int64."""
+    _check_tensor(name, x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}.dtype={x.dtype} must be torch.int32 or torch.int64")
+
+
 def _check_tensor(name: str, x) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}")
@@ -119,9 +135,7 @@ def square(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 def cu_seqlens(name: str, x: Tensor, like: Tensor, longest: int | None) -> Tensor:
     """[N + 1] integers, rising from 0 to the tokens of `like` [T, ...] or less. Read where that waits for no GPU."""
-    _check_tensor(name, x)
-    if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}.dtype={x.dtype} must be torch.int32 or torch.int64")
+    check_integers(name, x)
     if x.dim() != 1 or x.shape[0] < 1:
         raise ValueError(f"{name}.shape={_list(x)} must be [N + 1] for N sequences")
     _check_device(name, x, like)

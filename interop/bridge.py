@@ -37,15 +37,17 @@ MEMORY_SETTINGS = (
 Tensors = Sequence[Tensor | None]
 
 
-def call(function: Callable, tensors: Tensors, *, x64: bool = False, **static) -> list[Tensor]:
+def call(function: Callable, tensors: Tensors, **static) -> list[Tensor]:
     """The arrays that `function(*arrays, **static)` of JAX returns, as torch tensors on the inputs' device.
 
     None among the tensors stays None. `static` must be static for JAX too: a traced Python number would be
-    copied into JAX's memory without waiting for what torch still reads there. `x64` allows 64-bit types.
+    copied into JAX's memory without waiting for what torch still reads there. 64-bit types are allowed where the
+    first tensor is of one.
     """
     device = common_device(tensors)
     jax = load_jax()
-    with _current(device), jax.enable_x64(True) if x64 else contextlib.nullcontext():
+    wide = next(t.dtype for t in tensors if t is not None) in _SIXTY_FOUR_BITS
+    with _current(device), jax.enable_x64(True) if wide else contextlib.nullcontext():
         try:
             return to_torch(function(*to_jax(tensors, device), **static), device)
         except RuntimeError as error:

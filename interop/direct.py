@@ -53,13 +53,13 @@ def again(key: Hashable, tensors: Tensors) -> Sequence[Tensor] | None:
     return None if launch is None else launch(tensors)
 
 
-def call(key: Hashable, function: Callable, tensors: Tensors, *, x64: bool = False, **static) -> Sequence[Tensor]:
+def call(key: Hashable, function: Callable, tensors: Tensors, **static) -> Sequence[Tensor]:
     """`bridge.call`, launched by torch where that is possible; `key` is the call's signature."""
     device = bridge.common_device(tensors)
     if key not in launches and not bridge.is_capturing(device):
         launches[key] = _prepare(function, tensors, static, device)
     found = again(key, tensors)
-    return bridge.call(function, tensors, x64=x64, **static) if found is None else found
+    return bridge.call(function, tensors, **static) if found is None else found
 
 
 def _prepare(function: Callable, tensors: Tensors, static: dict, device: torch.device) -> Launch | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from interop import _arguments
@@ -83,7 +82,7 @@ def flash_attn_kvpacked_func(
 
     The gradient of kv is one packed tensor. Other arguments, results and errors as there.
     """
-    k, v = _unpack("kv", kv, 2)
+    k, v = _arguments.unpack("kv", kv, "batch, seq", 2)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
@@ -105,15 +104,8 @@ def flash_attn_qkvpacked_func(
 
     The gradient of qkv is one packed tensor. Other arguments, results and errors as there.
     """
-    q, k, v = _unpack("qkv", qkv, 3)
+    q, k, v = _arguments.unpack("qkv", qkv, "batch, seq", 3)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
-
-
-def _unpack(name: str, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-    _arguments.check_axes(name, x, f"[batch, seq, {parts}, heads, dim]")
-    if x.shape[2] != parts:
-        raise ValueError(f"{name}.shape={list(x.shape)} must be [batch, seq, {parts}, heads, dim]")
-    return torch.unbind(x, dim=2)

@@ -166,8 +166,7 @@ def _integers(name: str, x: int | Tensor, q: Tensor) -> Tensor:
 
 
 def _whole(name: str, x: Tensor, q: Tensor) -> Tensor:
-    if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}.dtype={x.dtype} must be torch.int32 or torch.int64")
+    _arguments.check_integers(name, x)
     if x.device != q.device:
         raise ValueError(f"{name}.device={x.device} must be {q.device}, as of the queries")
     return x.long()

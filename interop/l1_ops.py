@@ -15,6 +15,7 @@ from torch import Tensor
 from interop import bridge
 from interop.attention import break_graph_in_func
 from interop.linear_ops import one_after_another, placed
+from interop.ops import TAGS
 
 
 class Operands(NamedTuple):
@@ -59,12 +60,11 @@ _ARGUMENTS = (
     "bool exclude_diagonal, str compute, str layout"
 )
 _library = torch.library.Library("jflash", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides, torch.Tag.cudagraph_unsafe)
-_library.define(f"l1_forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)", tags=_TAGS)
+_library.define(f"l1_forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)", tags=TAGS)
 _library.define(
     f"l1_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, {_ARGUMENTS}, bool bias_gradient) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor d_vb, Tensor d_bias, Tensor d_sink)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 l1_forward = torch.ops.jflash.l1_forward.default
 l1_backward = torch.ops.jflash.l1_backward.default
@@ -124,7 +124,7 @@ def _forward(*args):
     out, lse = _results(x, options)
     if 0 in (out.numel(), x.k.numel()) or (x.pairs is not None and x.pairs.numel() == 0):
         return out.zero_(), lse.fill_(float("-inf") if options.weight == "softmax" else 0.0)
-    found = bridge.call(_kernels().forward, x, x64=_x64(x), options=options)
+    found = bridge.call(_kernels().forward, x, options=options)
     return placed(x, [out, lse if lse.numel() else None], found)
 
 
@@ -134,7 +134,7 @@ def _backward(*args):
     wanted = _gradients(x, bias_gradient)
     if 0 in (rows[0].numel(), x.k.numel()) or (x.pairs is not None and x.pairs.numel() == 0):
         return placed(x, wanted, (t.zero_() for t in wanted if t is not None))
-    static = {"x64": _x64(x), "options": options, "bias_gradient": bias_gradient}
+    static = {"options": options, "bias_gradient": bias_gradient}
     lse = rows[3] if rows[3].numel() else None
     found = bridge.call(
         _kernels().backward, (rows[0], rows[1] if lse is not None else None, rows[2], lse, *x), **static
@@ -151,14 +151,10 @@ def _kernels():
     return l1_kernels
 
 
-def _x64(x: Operands) -> bool:
-    return x.q.dtype == torch.float64
-
-
 def _results(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
     """Unwritten out and lse."""
     (B, Sq, H, _), Sk = x.q.shape, x.k.shape[1]
-    wide = torch.float64 if _x64(x) else torch.float32
+    wide = torch.promote_types(x.q.dtype, torch.float32)
     if options.function == "scores":
         size = {"b": B, "h": H, "t": Sq, "s": Sk}
         return x.q.new_empty([size[axis] for axis in options.layout], dtype=wide), x.q.new_empty(0, dtype=wide)

@@ -152,7 +152,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name, options, *tensors):
         ctx.save_for_backward(*tensors)
-        ctx.call = {"name": name, "options": options, "x64": tensors[0].dtype == torch.float64}
+        ctx.call = {"name": name, "options": options}
         return tuple(bridge.call(_kernels().forward, tensors, **ctx.call))
 
     @staticmethod

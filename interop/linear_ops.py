@@ -13,6 +13,7 @@ from torch import Tensor
 
 from interop import bridge
 from interop.attention import break_graph_in_func
+from interop.ops import TAGS
 
 
 class Operands(NamedTuple):
@@ -45,13 +46,12 @@ _ARGUMENTS = (
     "bool causal, float? scale, bool normalize, bool return_state, bool reverse, int? chunk_size"
 )
 _library = torch.library.Library("jflash", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides, torch.Tag.cudagraph_unsafe)
-_library.define(f"linear_forward({_ARGUMENTS}) -> (Tensor out, Tensor norm, Tensor kv, Tensor z)", tags=_TAGS)
+_library.define(f"linear_forward({_ARGUMENTS}) -> (Tensor out, Tensor norm, Tensor kv, Tensor z)", tags=TAGS)
 _library.define(
     f"linear_backward(Tensor d_out, Tensor? d_kv, Tensor? d_z, Tensor out, Tensor norm, {_ARGUMENTS}, "
     "bool decay_gradient, bool mask_gradient) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor d_log_decay, Tensor d_mask, Tensor d_kv, Tensor d_z)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 linear_forward = torch.ops.jflash.linear_forward.default
 linear_backward = torch.ops.jflash.linear_backward.default
@@ -114,7 +114,7 @@ class _FirstOrderOnly(torch.autograd.Function):
 
 def _forward(*args):
     operands, options = Operands(*args[:TENSORS]), Options(*args[TENSORS:])
-    found = bridge.call(_kernels().forward, operands, x64=_x64(operands), options=options)
+    found = bridge.call(_kernels().forward, operands, options=options)
     return placed(operands, _results(operands, options), found)
 
 
@@ -123,7 +123,7 @@ def _backward(*args):
     operands, options, wanted = Operands(*rest[:TENSORS]), Options(*rest[TENSORS:-2]), tuple(rest[-2:])
     _, normal, kv, z = _results(operands, options)
     rows = (d_out, _or_zeros(d_kv, kv), _or_zeros(d_z, z), out, None if normal is None else norm)
-    static = {"x64": _x64(operands), "options": options, "wanted": wanted}
+    static = {"options": options, "wanted": wanted}
     found = bridge.call(_kernels().backward, (*rows, *operands), **static)
     return placed(operands, _gradients(operands, wanted), found)
 
@@ -137,16 +137,12 @@ def _kernels():
     return linear_kernels
 
 
-def _x64(x: Operands) -> bool:
-    return x.q.dtype == torch.float64
-
-
 def _results(x: Operands, options: Options) -> list[Tensor | None]:
     """Unwritten out, norm, kv and z; None where there is none."""
     B, S, _, D = x.q.shape
     H, Dv = max(x.q.shape[2], x.k.shape[2], x.v.shape[2]), x.v.shape[3]
     N = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
-    wide = torch.float64 if _x64(x) else torch.float32
+    wide = torch.promote_types(x.q.dtype, torch.float32)
     return [
         x.q.new_empty((B, S, H, Dv)),
         x.q.new_empty((B, S, H), dtype=wide) if options.normalize else None,

@@ -21,12 +21,12 @@ _ARGUMENTS = (
     "float? scale, int left, int right, float softcap, float dropout_p, bool deterministic"
 )
 _library = torch.library.Library("jflash", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides, torch.Tag.cudagraph_unsafe)
-_library.define(f"attention_forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)", tags=_TAGS)
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides, torch.Tag.cudagraph_unsafe)
+_library.define(f"attention_forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)", tags=TAGS)
 _library.define(
     f"attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, {_ARGUMENTS}, "
     "bool bias_gradient) -> (Tensor dq, Tensor dk, Tensor dv, Tensor d_bias, Tensor d_sinks)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 attention_forward = torch.ops.jflash.attention_forward.default
 attention_backward = torch.ops.jflash.attention_backward.default
@@ -39,13 +39,13 @@ def _forward(*args):
     if (found := direct.again(call, x)) is not None:
         return tuple(found)
     if _nothing_to_see(x):
-        out, lse = _empty_outputs(*x)
+        out, lse = empty_outputs(*x)
         return out.zero_(), lse.fill_(float("-inf"))
     (B, Sq, H, _), room = x.q.shape, _room("forward", x, options)
     if room is not None:
         x, options = lengths.padded(x, options, *room)
         call = direct.signature("forward", given(x), options)
-    out, lse = direct.call(call, kernels().forward, x, x64=_x64(x.q), options=options)
+    out, lse = direct.call(call, kernels().forward, x, options=options)
     return (out, lse) if room is None else (lengths.cut(out, B, Sq), lengths.cut(lse, B, H, Sq))
 
 
@@ -65,7 +65,7 @@ def _backward(*args):
             x, options = lengths.padded(x, options, *room)
             rows = lengths.padded_rows(rows, room[0])
             call = direct.signature("backward", (*rows, *given(x)), options, bias_gradient)
-        static = {"x64": _x64(x.q), "options": options, "bias_gradient": bias_gradient}
+        static = {"options": options, "bias_gradient": bias_gradient}
         found = direct.call(call, kernels().backward, (*rows, *x), **static)
         if room is not None:
             there = (t.shape for t in wanted if t is not None)
@@ -94,19 +94,16 @@ def _nothing_to_see(tensors: Operands) -> bool:
     return tensors.q.numel() == 0 or tensors.k.numel() == 0
 
 
-def _x64(q: Tensor) -> bool:
-    return q.dtype == torch.float64
-
-
 def _wanted(tensors: Operands, bias_gradient: bool) -> tuple[Tensor | None, ...]:
     """What the backward gives gradients for: q, k, v, bias, sinks."""
     return *tensors[:3], tensors.bias if bias_gradient else None, tensors.sinks
 
 
-def _empty_outputs(q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor]:
+def empty_outputs(q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor]:
+    """Unwritten out and lse."""
     B, Sq, H, _ = q.shape
-    lse_dtype = torch.float64 if _x64(q) else torch.float32
-    return q.new_empty((B, Sq, H, v.shape[3])), q.new_empty((B, H, Sq), dtype=lse_dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty((B, Sq, H, v.shape[3])), q.new_empty((B, H, Sq), dtype=wide)
 
 
 def _empty_gradients(tensors: Operands, bias_gradient: bool) -> tuple[Tensor, ...]:
@@ -116,7 +113,7 @@ def _empty_gradients(tensors: Operands, bias_gradient: bool) -> tuple[Tensor, ..
 
 torch.library.register_kernel("jflash::attention_forward", ("cpu", "cuda"), _forward, lib=_library)
 torch.library.register_kernel("jflash::attention_backward", ("cpu", "cuda"), _backward, lib=_library)
-torch.library.register_fake("jflash::attention_forward", _empty_outputs, lib=_library)
+torch.library.register_fake("jflash::attention_forward", empty_outputs, lib=_library)
 
 
 @torch.library.register_fake("jflash::attention_backward", lib=_library)

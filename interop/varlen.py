@@ -88,7 +88,7 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Attention:
     """`flash_attn_varlen_func` with k = kv[:, 0] and v = kv[:, 1] of kv [Tk, 2, Hk, D]. kv has one gradient."""
-    k, v = _unpack("kv", kv, 2)
+    k, v = _arguments.unpack("kv", kv, "tokens", 2)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -109,7 +109,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Attention:
     """`flash_attn_varlen_func` of the three slices of qkv [T, 3, H, D]. qkv has one gradient."""
-    q, k, v = _unpack("qkv", qkv, 3)
+    q, k, v = _arguments.unpack("qkv", qkv, "tokens", 3)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -123,8 +123,7 @@ def _from_pages(k: Tensor, v: Tensor, table: Tensor, cu_seqlens: Tensor, longest
     (pages, page), N = k.shape[:2], cu_seqlens.shape[0] - 1
     if v.shape[:2] != k.shape[:2]:
         raise ValueError(f"k.shape={list(k.shape)} and v.shape={list(v.shape)} must agree in pages and page")
-    if table.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"block_table.dtype={table.dtype} must be torch.int32 or torch.int64")
+    _arguments.check_integers("block_table", table)
     if table.dim() != 2 or table.shape[0] != N or 0 in table.shape:
         raise ValueError(f"block_table.shape={list(table.shape)} must be [N, pages] with N={N} and pages > 0")
     room = table.shape[1] * page
@@ -154,10 +153,3 @@ def _slopes_of_tokens(slopes: Tensor, cu_seqlens: Tensor, q: Tensor) -> Tensor:
     token = torch.arange(T, device=q.device, dtype=cu_seqlens.dtype)
     sequence = (torch.searchsorted(cu_seqlens, token, right=True) - 1).clamp(max=max(N - 1, 0))
     return slopes[sequence].T[None].contiguous()
-
-
-def _unpack(name: str, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-    _arguments.check_axes(name, x, f"[tokens, {parts}, heads, dim]")
-    if x.shape[1] != parts:
-        raise ValueError(f"{name}.shape={list(x.shape)} must be [tokens, {parts}, heads, dim]")
-    return torch.unbind(x, dim=1)

@@ -101,7 +101,7 @@ def test_64_bits_are_never_truncated(dtype):
     x = torch.arange(5).to(dtype) * 2**30 + 1
     with pytest.raises(TypeError, match=f"dtype={dtype} needs jax_enable_x64"):
         bridge.to_jax([x], CPU)
-    (y,) = bridge.call(lambda a: (a * 2,), [x], x64=True)
+    (y,) = bridge.call(lambda a: (a * 2,), [x])
     assert y.dtype == dtype
     assert torch.equal(y, x * 2)
     assert not jax.config.jax_enable_x64

@@ -423,7 +423,7 @@ class Bridge:
         monkeypatch.setattr(direct, "works", lambda device: True)
         monkeypatch.setattr(direct.Launch, "__init__", functools.partialmethod(_on_cpu, direct.Launch.__init__))
 
-    def __call__(self, function, tensors, *, x64=False, **static):
+    def __call__(self, function, tensors, **static):
         self.calls += 1
         return [torch.full((3,), 5.0), torch.full((3,), 6.0)]
 
