@@ -44,7 +44,7 @@ def bind(
     B, Sq, H, D = q.shape
     _, Sk, Hk, Dv = v.shape
     left, right = _limits(flag("causal", causal), window, Sq, Sk)
-    bias = None if bias is None else _square("bias", bias, (B, H, Sq, Sk))
+    bias = None if bias is None else narrowed(_square("bias", bias, (B, H, Sq, Sk)), q.dtype)
     mask = None if mask is None else _square("mask", mask, (B, H, Sq, Sk))
     q_ids, kv_ids = _segments(segment_ids, B, Sq, Sk)
     rate = _dropout_rate(dropout_rate, dropout_key)
@@ -74,7 +74,7 @@ def bind(
         q_segment_ids=q_ids,
         kv_segment_ids=kv_ids,
         alibi_slopes=None if alibi_slopes is None else per_head("alibi_slopes", alibi_slopes, B, H),
-        sinks=None if sinks is None else per_head("sinks", sinks, B, H),
+        sinks=None if sinks is None else narrowed(per_head("sinks", sinks, B, H), q.dtype),
         dropout_seeds=_seeds(dropout_key, B) if rate else None,
     )
 
@@ -218,6 +218,13 @@ def per_head(name: str, x, B: int, H: int):
 
 def reshaped(x, shape: tuple[int, ...]):
     return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.reshape(shape)
+
+
+def narrowed(x, dtype):
+    """x in float32 if it is float64 beside inputs that are not: kernels know no float64, JAX widens the gradient."""
+    if x.dtype != jnp.float64 or dtype == jnp.float64:
+        return x
+    return jax.ShapeDtypeStruct(x.shape, jnp.float32) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(jnp.float32)
 
 
 def _dropout_rate(rate, key) -> float:

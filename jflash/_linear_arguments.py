@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jflash import backends
-from jflash._arguments import DTYPES, array, flag, number, reshaped
+from jflash._arguments import DTYPES, array, flag, narrowed, number, reshaped
 from pallas_kernels.problem import LinearArrays, LinearProblem
 
 
@@ -59,10 +59,10 @@ def bind(
     )  # fmt: skip
     decay = None
     if log_decay is not None:
-        log_decay = log_decay_array(log_decay, {"[H]": (H,), "[B, S, H]": (B, Sq, H)})
+        log_decay = narrowed(log_decay_array(log_decay, {"[H]": (H,), "[B, S, H]": (B, Sq, H)}), q.dtype)
         decay, log_decay = ("token", log_decay) if log_decay.ndim == 3 else ("head", reshaped(log_decay, (1, 1, H)))
     if mask is not None:
-        mask = _mask(mask, (B, H, Sq, Sk))
+        mask = narrowed(_mask(mask, (B, H, Sq, Sk)), q.dtype)
     if cu_seqlens is not None:
         cu_seqlens = _cu_seqlens(cu_seqlens, B, Sq)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jflash import flash_attention, l1_attention, linear_attention
 from tests.kernels.calls import CALLS, cases, forward_and_backward, on_hopper, shapes
 
 
@@ -22,6 +23,24 @@ def test_lowers(name):
 def test_lowers_under_x64():
     with jax.enable_x64(True):
         lowered(forward_and_backward(dict(causal=True)), *shapes(D=128, S=1001, sinks=True))
+
+
+@pytest.mark.parametrize(
+    ("attend", "name", "shape"),
+    [
+        (flash_attention, "sinks", (2,)),
+        (flash_attention, "bias", (1, 2, 128, 128)),
+        (l1_attention, "sink", (2,)),
+        (linear_attention, "log_decay", (1, 128, 2)),
+    ],
+)
+def test_a_gradient_in_float64(attend, name, shape):
+    """Of what is float64 under x64 beside 16-bit inputs."""
+    with jax.enable_x64(True), on_hopper():
+        x, more = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct(shape, jnp.float64)
+        call = lambda x, more: attend(x, x, x, **{name: more}, implementation="hopper").sum()  # noqa: E731
+        found = jax.eval_shape(jax.grad(call, argnums=(0, 1)), x, more)
+    assert [y.dtype for y in found] == [jnp.bfloat16, jnp.float64]
 
 
 def test_lowers_under_vmap():
