@@ -133,12 +133,14 @@ def square(name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return x
 
 
-def cu_seqlens(name: str, x: Tensor, like: Tensor, longest: int | None) -> Tensor:
+def cu_seqlens(name: str, x: Tensor, like: Tensor, longest: int | Tensor | None) -> Tensor:
     """[N + 1] integers, rising from 0 to the tokens of `like` [T, ...] or less. Read where that waits for no GPU."""
     check_integers(name, x)
     if x.dim() != 1 or x.shape[0] < 1:
         raise ValueError(f"{name}.shape={_list(x)} must be [N + 1] for N sequences")
     _check_device(name, x, like)
+    if isinstance(longest, Tensor):
+        longest = int(longest) if values_are_known(longest) else None
     if longest is not None and (isinstance(longest, bool) or not isinstance(longest, numbers.Integral)):
         raise TypeError(f"max_seqlen={longest!r} of {name} must be an integer")
     if values_are_known(x):

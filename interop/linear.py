@@ -46,8 +46,8 @@ def linear_attention(
         out [B, Sq, H, Dv] in q's dtype, or (out, (kv, z)).
 
     Raises:
-        ValueError, TypeError: an argument breaks a rule; the message names both. A log_decay > 0 is found
-            on the CPU only: elsewhere to look would be to wait.
+        ValueError, TypeError: an argument breaks a rule; the message names both. A log_decay > 0 and wrong
+            cu_seqlens are found on the CPU only: elsewhere to look would be to wait.
         RuntimeError: a second derivative, or JAX has no backend for the tensors' device.
 
     Source: as of `jflash.linear_attention`.
@@ -56,8 +56,8 @@ def linear_attention(
         _arguments.check_axes(name, x, "[batch, seq, heads, dim]")
     q, k, v = autocast(q, k, v)
     kv, z = (None, None) if initial_state is None else initial_state
-    if cu_seqlens is not None and cu_seqlens.dtype == torch.int64:
-        cu_seqlens = cu_seqlens.int()
+    if cu_seqlens is not None:
+        cu_seqlens = _arguments.cu_seqlens("cu_seqlens", cu_seqlens, q.flatten(0, 1), None).int()
     operands = Operands(q, k, v, log_decay, mask, kv, z, cu_seqlens)
     for name, x in operands._asdict().items():
         if x is not None and x.device != q.device:

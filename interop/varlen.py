@@ -16,8 +16,8 @@ def flash_attn_varlen_func(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -37,7 +37,7 @@ def flash_attn_varlen_func(
         q: [Tq, H, D], all sequences one after another; k: [Tk, Hk, D]; v: [Tk, Hk, Dv]. Queries behind the last
             sequence give 0; NaN there, or in k and v, may reach the last sequence.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 [N + 1], rising from 0. Their values are checked on CPU only.
-        max_seqlen_q, max_seqlen_k: checked on CPU, and not needed.
+        max_seqlen_q, max_seqlen_k: integers, or tensors of one; checked on CPU, and not needed.
         alibi_slopes: float32 [H] or [N, H].
         block_table: integers [N, n]: k and v are pages, [pages, page, Hk, D] and [pages, page, Hk, Dv], and page j of
             sequence m is row `block_table[m, j]`. The pages in use are gathered first: give max_seqlen_k, or all
@@ -76,8 +76,8 @@ def flash_attn_varlen_kvpacked_func(
     kv: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -98,7 +98,7 @@ def flash_attn_varlen_kvpacked_func(
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
-    max_seqlen: int | None = None,
+    max_seqlen: int | Tensor | None = None,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -116,7 +116,9 @@ def flash_attn_varlen_qkvpacked_func(
     )  # fmt: skip
 
 
-def _from_pages(k: Tensor, v: Tensor, table: Tensor, cu_seqlens: Tensor, longest: int | None) -> tuple[Tensor, ...]:
+def _from_pages(
+    k: Tensor, v: Tensor, table: Tensor, cu_seqlens: Tensor, longest: int | Tensor | None
+) -> tuple[Tensor, ...]:
     """k and v packed, of the pages that a table [N, n] names, and zeros behind the last sequence."""
     for name, x in (("k", k), ("v", v)):
         _arguments.check_axes(name, x, "[pages, page, heads, dim]")
@@ -136,7 +138,7 @@ def _from_pages(k: Tensor, v: Tensor, table: Tensor, cu_seqlens: Tensor, longest
         used = table[torch.arange(table.shape[1]) * page < lengths[:, None]]
         if used.numel() and (used.min() < 0 or used.max() >= pages):
             raise ValueError(f"rows {used.tolist()} of block_table must be in [0, {pages})")
-    tokens = N * (room if longest is None else min(room, longest))
+    tokens = N * (room if longest is None else min(room, int(longest)))
     token = torch.arange(tokens, device=k.device, dtype=cu_seqlens.dtype)
     sequence = (torch.searchsorted(cu_seqlens, token, right=True) - 1).clamp(0, N - 1)
     place = (token - cu_seqlens[sequence]).clamp(0, room - 1)

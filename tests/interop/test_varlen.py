@@ -169,7 +169,7 @@ ERRORS = {
         r"=\[0, 9, 7, 8, 9, 39\] must start at 0",
     ),
     "total": ({"cu_seqlens_k": CU + torch.arange(6)}, ValueError, "end at 39 or before"),
-    "longest": ({"max_seqlen_q": 18}, ValueError, "max_seqlen=18 must be >= 19, the longest of cu_seqlens_q"),
+    "longest": ({"max_seqlen_q": torch.tensor(18)}, ValueError, "max_seqlen=18 must be >= 19, the longest of cu"),
     "counts": ({"cu_seqlens_k": CU[:3]}, ValueError, r"\[6\] and \[3\] must be equal"),
     "batched": ({"q": torch.zeros(1, 39, 4, 16)}, ValueError, r"must have 3 axes: \[tokens, heads, dim\]"),
     "slopes": ({"alibi_slopes": SLOPES[:3]}, ValueError, r"alibi_slopes.shape=\[3, 4\] must be"),
@@ -191,7 +191,7 @@ def pages(seed, size, lengths=LENGTHS):
     return (k, v), [x.requires_grad_() for x in found], table
 
 
-@pytest.mark.parametrize("longest", [None, 19])
+@pytest.mark.parametrize("longest", [None, torch.tensor(19)])
 @pytest.mark.parametrize("size", [1, 8, 256])
 def test_pages(size, longest):
     """The same attention as of packed keys, and gradients where the keys lie."""

@@ -168,6 +168,8 @@ def test_errors():
         interop.linear_attention(q, q, q, mask=torch.ones(1, 1, S, S), causal=True)
     with pytest.raises(ValueError, match="return_state needs causal=True and no mask"):
         interop.linear_attention(q, q, q, causal=False, return_state=True)
+    with pytest.raises(ValueError, match=r"cu_seqlens=\[0, 40\] must start at 0, never fall, and end at 37 or before"):
+        interop.linear_attention(q[:1], q[:1], q[:1], cu_seqlens=torch.tensor([0, 40]))
     with pytest.raises(ValueError, match=r"q.shape=\[37, 2, 8\] must have 4 axes"):
         interop.linear_attention(q[0], q, q)
     (first,) = torch.autograd.grad(interop.linear_attention(q, q, q).pow(2).sum(), q, create_graph=True)
