@@ -88,6 +88,13 @@ DETERMINISTIC_WITH_BIAS = {  # not measured yet
     128: dataclasses.replace(BACKWARD[128], spill_bytes=72),
 }
 
+BACKWARD_WITH_POSITIONS = {  # not measured yet; ALiBi of packed sequences: a slope and a position for each query
+    **BACKWARD,
+    64: BACKWARD_WITH_BIAS[64],
+    128: dataclasses.replace(BACKWARD[128], spill_bytes=160),
+    256: dataclasses.replace(BACKWARD[256], spill_bytes=60),
+}
+
 QUERY_GRADIENT = {  # measured at 64 and 128 only
     64: QueryGradientTile(),
     128: QueryGradientTile(),
@@ -111,12 +118,13 @@ def forward_tile(p: AttentionProblem) -> ForwardTile:
 
 
 def backward_tile(p: AttentionProblem) -> BackwardTile:
-    table = BACKWARD if p.bias_shape is None else BACKWARD_WITH_BIAS
-    if p.bias_shape is not None and p.deterministic:
-        table = DETERMINISTIC_WITH_BIAS
+    if p.bias_shape is not None:
+        table = DETERMINISTIC_WITH_BIAS if p.deterministic else BACKWARD_WITH_BIAS
+    else:
+        table = BACKWARD_WITH_POSITIONS if p.alibi and p.key_ranges else BACKWARD
     return table[max(padded(p.D), padded(p.Dv))]
 
 
 def query_gradient_tile(p: AttentionProblem) -> QueryGradientTile:
-    crowded = p.segments or p.mask_shape is not None or (p.dropout_rate > 0 and p.key_ranges)
+    crowded = p.segments or p.mask_shape is not None or (p.key_ranges and (p.dropout_rate > 0 or p.alibi))
     return (QUERY_GRADIENT_CROWDED if crowded else QUERY_GRADIENT)[max(padded(p.D), padded(p.Dv))]

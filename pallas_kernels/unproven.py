@@ -6,6 +6,7 @@ One whose tests passed leaves the set.
 
 FEATURES = {
     *("dropout", "mask", "bias", "segment skipping", "row ends", "deterministic beyond D128"),
+    "alibi_slopes with packed sequences",
     *("linear mask", "linear normalize", "linear causal=False", "linear cu_seqlens"),
     *("linear segments of time", "linear products in the kernel"),
     *("L1 crossed rows", "L1 paired lanes", "L1 packed backward"),

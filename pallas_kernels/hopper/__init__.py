@@ -30,7 +30,6 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
             direction == "backward" and p.bias_gradient and p.softcap is not None and max(p.D, p.Dv) > 192,
             f"head_dim={max(p.D, p.Dv)} with softcap and the gradient of a bias must be <= 192",
         ),
-        (p.key_ranges and p.alibi, "alibi_slopes with packed sequences or caches are not in the kernels"),
         (p.scale <= 0, f"scale={p.scale} must be > 0"),
         *unproven.reasons(_features(p, direction)),
     )
@@ -48,6 +47,7 @@ def _features(p: AttentionProblem, direction: str) -> dict[str, bool]:
         "dropout": p.dropout_rate > 0,
         "mask": p.mask_shape is not None,
         "bias": p.bias_shape is not None,
+        "alibi_slopes with packed sequences": p.alibi and p.key_ranges,
         "deterministic beyond D128": p.deterministic and direction == "backward" and max(p.D, p.Dv) > 128,
     }
 

@@ -131,6 +131,7 @@ class Refs(NamedTuple):
     dq_full: Any = None
     dq_empty: Any = None
     slopes_gmem: Any = None
+    slopes_smem: Any = None  # of rows, see alibi
     q_ids_gmem: Any = None
     kv_ids_gmem: Any = None
     q_ids_smem: Any = None
@@ -276,7 +277,7 @@ def _loader(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
         refs.q_smem.load(refs.q_gmem, work.b, row, head, slot, refs.q_full.at[slot])
         plgpu.copy_gmem_to_smem(refs.lse_gmem.at[statistics], refs.lse_smem.at[slot], refs.q_full.at[slot])
         key_rows.load(refs, work.b, row, slot, refs.q_full.at[slot], plan.block)
-        dropping.load(refs, work.b, head, row, slot, refs.q_full.at[slot])
+        key_rows.load_of_head(refs, work.b, head, row, slot, refs.q_full.at[slot])
         sparsity.load(refs, work.b, head, work.block, block, slot, refs.q_full.at[slot])
 
         refs.do_smem.load(refs.do_gmem, work.b, row, head, slot, refs.do_full.at[slot])

@@ -82,6 +82,7 @@ class Refs(NamedTuple):
     v_full: Any = None  # this and the next where values are apart, else None
     v_empty: Any = None
     slopes_gmem: Any = None
+    slopes_smem: Any = None  # of rows, see alibi
     q_ids_gmem: Any = None
     kv_ids_gmem: Any = None
     q_ids_smem: Any = None
@@ -180,7 +181,7 @@ def _load(plan: Plan, refs: Refs, work: Work, visits: Visits) -> None:
             rows = source.at[work.b, work.h, pl.ds(row, 64)]
             plgpu.copy_gmem_to_smem(rows, refs.statistics_smem.at[w, n], refs.q_full)
         query_rows.load(refs, work.b, row, w, refs.q_full)
-        dropping.load(refs, work.b, work.h, row, w, refs.q_full)
+        query_rows.load_of_head(refs, work.b, work.h, row, w, refs.q_full)
     kv_head, stages = lax.div(work.h, jnp.int32(plan.problem.group)), plan.tile.stages
 
     def load_block(step, _):

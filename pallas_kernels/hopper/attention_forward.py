@@ -96,6 +96,7 @@ class Refs(NamedTuple):
     table_gmem: Any = None
     sinks_gmem: Any = None
     slopes_gmem: Any = None
+    slopes_smem: Any = None  # of rows, see alibi
     q_ids_gmem: Any = None
     kv_ids_gmem: Any = None
     q_ids_smem: Any = None
@@ -243,7 +244,7 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
         row = work.block * t.rows + w * 64
         refs.q_smem.load(refs.q_gmem, work.b, row, work.h, w, refs.q_full)
         query_rows.load(refs, work.b, row, w, refs.q_full)
-        dropping.load(refs, work.b, work.h, row, w, refs.q_full)
+        query_rows.load_of_head(refs, work.b, work.h, row, w, refs.q_full)
 
     def load(step, smem, gmem, full, empty):
         slot = lax.rem(done + step, t.stages)

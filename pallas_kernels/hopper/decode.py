@@ -276,7 +276,7 @@ def _step(plan: Plan, refs: Refs, work: Work, bounds, step, carry: Carry) -> Car
         return s_acc[...]
 
     s = pl.run_scoped(products, plgpu.ACC((ROWS, BLOCK_KEYS), jnp.float32))
-    s, factor, _ = scores.modify(p, s, None, None, plan.interpret)
+    s, factor, _ = scores.modify(p, s, None, plan.interpret)
     low, high = (bound - start for bound in bounds)
     hide = functools.partial(masking.hide_columns, low=low, high=high, interpret=plan.interpret)
     cut = (work.block + step < work.full[0]) | (work.block + step >= work.full[1])

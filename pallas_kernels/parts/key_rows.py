@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat
-from pallas_kernels.parts import bias, dropping, masking, query_rows, ranges, scores, softmax, sparsity, tma
+from pallas_kernels.parts import alibi, bias, dropping, masking, query_rows, ranges, scores, softmax, sparsity, tma
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Work
 from pallas_kernels.parts.scores import Scores
@@ -54,13 +54,15 @@ def scratch(p: AttentionProblem, stages: int, block: Block, interpret: _compat.I
         found["q_ids_smem"] = plgpu.SMEM((stages, block.q), jnp.int32)
     if p.key_ranges:
         found["limits_smem"] = plgpu.SMEM((stages, 2, block.q), jnp.int32)
-    found |= {**dropping.scratch(p, stages, block.q), **sparsity.scratch(p, stages, block.kv, block.q)}
+    found |= {**alibi.scratch(p, stages, block.q), **dropping.scratch(p, stages, block.q)}
+    found |= sparsity.scratch(p, stages, block.kv, block.q)
     return {**found, **bias.staging(p, block.kv // 64, block.q, 64, interpret)}
 
 
 def copies(p: AttentionProblem) -> tuple[int, int]:
     """How often copies for a block of queries, and for the keys, arrive at their barrier."""
-    return int(p.segments) + int(p.key_ranges) + dropping.copies(p) + sparsity.copies(p), int(p.segments)
+    with_q = int(p.key_ranges) + alibi.copies(p) + dropping.copies(p) + sparsity.copies(p)
+    return int(p.segments) + with_q, int(p.segments)
 
 
 def load(refs, b, row, slot, barrier, block: Block) -> None:
@@ -71,6 +73,11 @@ def load(refs, b, row, slot, barrier, block: Block) -> None:
     if refs.limits_gmem is not None:
         limits = refs.limits_gmem.at[tma.batch_entry(refs.limits_gmem, b), :, pl.ds(row, block.q)]
         plgpu.copy_gmem_to_smem(limits, refs.limits_smem.at[slot], barrier)
+
+
+def load_of_head(refs, b, h, row, slot, barrier) -> None:
+    """Starts to copy what belongs to a block of queries of a head."""
+    query_rows.load_of_head(refs, b, h, row, slot, barrier)
 
 
 def load_keys(refs, b, row, barrier, block: Block) -> None:
@@ -158,7 +165,7 @@ def ahead(p: AttentionProblem, refs, work: Work, walk: Walk, block: Block, part,
 
 def scored(p: AttentionProblem, refs, rows: KeyRows, step, slot, products, interpret: _compat.Interpret) -> Scores:
     """The scores of the query block of a step from products k q^T [64, block_q], -inf where one is not seen."""
-    s, factor, slope = _modify(p, refs, rows, step, products, interpret)
+    s, factor, slope = _modify(p, refs, rows, step, slot, products, interpret)
     if refs.limits_smem is None:
         s = _hide(p, rows, step, s, interpret)
     else:
@@ -182,14 +189,13 @@ def _hide_some(refs, rows: KeyRows, slot, interpret: _compat.Interpret, s) -> ja
     return sparsity.hide(s, sparsity.read(refs, slot, lax.div(rows.offset, 64)), *ids, interpret)
 
 
-def _modify(p: AttentionProblem, refs, rows: KeyRows, step, products, interpret: _compat.Interpret) -> Scores:
+def _modify(p: AttentionProblem, refs, rows: KeyRows, step, slot, products, interpret: _compat.Interpret) -> Scores:
     """Softcap, bias and ALiBi."""
     head, block = rows.at(step)
-    slope = None
-    if refs.slopes_gmem is not None:
-        slope = refs.slopes_gmem[tma.batch_entry(refs.slopes_gmem, rows.work.b), head]
+    slope = alibi.read(refs, rows.work.b, head, slot, masking.COLUMNS)
     apart = rows.work.block * rows.block.kv + rows.offset - (block * rows.block.q + p.offset)
-    return scores.modify(p, products, slope, apart, interpret, rows.bias)
+    far = functools.partial(alibi.of_columns, slope, apart, rows.first, products.shape, interpret)
+    return scores.modify(p, products, far, interpret, rows.bias)
 
 
 def _hide(p: AttentionProblem, rows: KeyRows, step, s, interpret: _compat.Interpret) -> jax.Array:

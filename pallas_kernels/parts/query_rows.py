@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat
-from pallas_kernels.parts import bias, dropping, masking, ranges, scores, softmax, sparsity, tma
+from pallas_kernels.parts import alibi, bias, dropping, masking, ranges, scores, softmax, sparsity, tma
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Work
 from pallas_kernels.parts.scores import Scores
@@ -26,9 +26,7 @@ from pallas_kernels.problem import AttentionArrays, AttentionProblem
 
 def inputs(p: AttentionProblem, a: AttentionArrays, rows: int, block_kv: int) -> dict[str, jax.Array]:
     """The arrays of the features of a call, for tiles of rows x block_kv."""
-    found = {}
-    if a.alibi_slopes is not None:
-        found["slopes_gmem"] = a.alibi_slopes.astype(jnp.float32)
+    found = alibi.inputs(a, rows)
     if a.q_segment_ids is not None and a.kv_segment_ids is not None:
         found["q_ids_gmem"] = tma.whole_blocks(a.q_segment_ids, rows)
         found["kv_ids_gmem"] = tma.whole_blocks(a.kv_segment_ids, block_kv)
@@ -47,12 +45,12 @@ def scratch(p: AttentionProblem, warpgroups: int, stages: int, block_kv: int) ->
     if p.key_ranges:
         found["limits_smem"] = plgpu.SMEM((warpgroups, 2, 64), jnp.int32)
     tiles = sparsity.scratch(p, stages, 64 * warpgroups, block_kv)
-    return {**found, **dropping.scratch(p, warpgroups, 64), **tiles}
+    return {**found, **alibi.scratch(p, warpgroups, 64), **dropping.scratch(p, warpgroups, 64), **tiles}
 
 
 def copies(p: AttentionProblem) -> tuple[int, int]:
     """How often copies for rows, and for a block of keys, arrive at their barrier."""
-    of_rows = int(p.segments) + int(p.key_ranges) + dropping.copies(p)
+    of_rows = int(p.segments) + int(p.key_ranges) + alibi.copies(p) + dropping.copies(p)
     return of_rows, int(p.segments) + sparsity.copies(p)
 
 
@@ -64,6 +62,12 @@ def load(refs, b, row, w, barrier) -> None:
     if refs.limits_gmem is not None:
         limits = refs.limits_gmem.at[tma.batch_entry(refs.limits_gmem, b), :, pl.ds(row, 64)]
         plgpu.copy_gmem_to_smem(limits, refs.limits_smem.at[w], barrier)
+
+
+def load_of_head(refs, b, h, row, n, barrier) -> None:
+    """Starts to copy what belongs to some rows of a head to place n."""
+    alibi.load(refs, b, h, row, n, barrier)
+    dropping.load(refs, b, h, row, n, barrier)
 
 
 def load_keys(refs, b, first, slot, barrier) -> None:
@@ -85,16 +89,15 @@ def key_blocks(p: AttentionProblem, refs, work: Work, rows: int, block_kv: int) 
 class QueryRows(NamedTuple):
     first: jax.Array  # the number of the first of the 64
     keys: Range  # the key blocks they visit
-    slope: Any  # of ALiBi
+    slope: Any  # see `alibi.read`
     ids: Any  # segment ids [64]
     limits: Any  # the first and the last key of each row, each [64]
 
 
 def read(refs, work: Work, wg, first, keys: Range) -> QueryRows:
     """What has arrived for the rows of consumer wg, in registers; a fence, for TMA brings those of its next tile."""
-    slope = ids = limits = None
-    if refs.slopes_gmem is not None:
-        slope = refs.slopes_gmem[tma.batch_entry(refs.slopes_gmem, work.b), work.h]
+    ids = limits = None
+    slope = alibi.read(refs, work.b, work.h, wg, softmax.ROWS)
     if refs.q_ids_smem is not None:
         ids = _compat.load(refs.q_ids_smem.at[wg], softmax.ROWS)
     if refs.limits_smem is not None:
@@ -170,9 +173,9 @@ def scored(
 ) -> Scores:
     """The scores of a block of keys from products q k^T [64, block_kv], -inf where one is not seen."""
     block_kv = products.shape[1]
-    s, factor, slope = scores.modify(
-        p, products, rows.slope, rows.first + p.offset - block * block_kv, interpret, added
-    )
+    start = block * block_kv
+    far = functools.partial(alibi.of_rows, rows.slope, rows.first + p.offset - start, start, products.shape, interpret)
+    s, factor, slope = scores.modify(p, products, far, interpret, added)
     if p.left is not None or p.right is not None or p.key_ranges or p.Sk % block_kv:
         cut = (block < rows.keys.full_lo) | (block >= rows.keys.full_hi)
         s = lax.cond(cut, functools.partial(_hide, p, rows, block, interpret), lambda s: s, s)

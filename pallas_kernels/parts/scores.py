@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
-from jaxlib.mlir.dialects import math as math_dialect
 
 from pallas_kernels import unproven
 from pallas_kernels._compat import Interpret
 from pallas_kernels.parts import ptx, wgmma_layout
-from pallas_kernels.parts.softmax import LOG2E, ROWS
+from pallas_kernels.parts.softmax import LOG2E
 from pallas_kernels.problem import AttentionProblem
 
 
@@ -29,11 +27,15 @@ class Scores(NamedTuple):
 
 
 def modify(
-    p: AttentionProblem, products: jax.Array, alibi_slope, apart, interpret: Interpret, bias: jax.Array | None = None
+    p: AttentionProblem,
+    products: jax.Array,
+    far: Callable[[], jax.Array] | None,
+    interpret: Interpret,
+    bias: jax.Array | None = None,
 ) -> Scores:
-    """softcap(scale q k^T) + bias - alibi_slope |i - j| from the products q k^T [rows, columns].
+    """softcap(scale q k^T) + bias - far() from the products q k^T [rows, columns]; far: see `alibi`.
 
-    apart: the position of row 0 less that of column 0. A plain call multiplies nothing: its scale is the factor.
+    A plain call multiplies nothing: its scale is the factor.
     """
     s, unit, slope = products, p.scale, None
     if p.softcap is not None:
@@ -45,8 +47,8 @@ def modify(
     s = s * unit
     if bias is not None:
         s = s + bias
-    if p.alibi:
-        s = s - _distance(apart, s.shape, interpret) * alibi_slope
+    if p.alibi and far is not None:
+        s = s - far()
     return Scores(s, LOG2E, slope)
 
 
@@ -66,27 +68,5 @@ def _reciprocals(shape: tuple[int, int], _, x):
     def element(index, e, *_):
         operand = wgmma_layout.scalar(x.registers[index], e)
         return ptx.result(ir.F32Type.get(), "rcp.approx.ftz.f32 $0, $1;", [operand], "=f,f")
-
-    return wgmma_layout.tile(shape, element)
-
-
-def _distance(apart, shape: tuple[int, int], interpret: Interpret) -> jax.Array:
-    """|row + apart - column|, float32."""
-    if interpret is not None:
-        row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
-        return jnp.abs(row + apart - column).astype(jnp.float32)
-    row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROWS) + apart
-    result = plgpu.ShapeDtypeStruct(shape, jnp.float32, plgpu.Layout.WGMMA)
-    call = plgpu.inline_mgpu(arg_types=(ROWS,), return_type=result)
-    return call(functools.partial(_distances, shape))(row.astype(jnp.float32))
-
-
-def _distances(shape: tuple[int, int], _, row):
-    """Columns are constants, as in `masking`: an addition for each, and no register for its position."""
-    first = arith.sitofp(ir.F32Type.get(), wgmma_layout.first_column())
-    rows = [arith.subf(wgmma_layout.scalar(x), first) for x in row.registers.flat]
-
-    def element(index, e, column, r):
-        return math_dialect.absf(arith.subf(rows[r], wgmma_layout.real(float(column))))
 
     return wgmma_layout.tile(shape, element)

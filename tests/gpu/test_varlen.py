@@ -27,6 +27,14 @@ CASES = {
     "many": ("many", dict(D=128, H=16, Hk=4), dict(causal=True)),
     "window": ("a_few", dict(D=128, H=2, Hk=2), dict(causal=True, window=(65, None))),
     "softcap": ("a_few", dict(D=64, H=2, Hk=2), dict(softcap=5.0)),
+    "alibi": ("a_few", dict(D=128, H=2, Hk=1), dict(causal=True, alibi_slopes=jnp.array([0.3, 0.02]))),
+    "alibi_of_each_D64": (
+        "a_few",
+        dict(D=64, H=2, Hk=2),
+        dict(softcap=5.0, alibi_slopes=jnp.array([[0.3, 0.02], [1.0, 0.5], [0.1, 0.2]])),
+    ),
+    "alibi_many": ("many", dict(D=128, H=2, Hk=2), dict(alibi_slopes=jnp.array([0.3, 0.02]), deterministic=True)),
+    "alibi_D256": ("a_few", dict(D=256, H=2, Hk=1), dict(causal=True, alibi_slopes=jnp.array([0.3, 0.02]))),
     "deterministic_D256": ("a_few", dict(D=256, H=2, Hk=1), dict(causal=True, deterministic=True)),
     "deterministic": ("a_few", dict(D=128, H=2, Hk=1), dict(causal=True, deterministic=True)),
 }
@@ -34,12 +42,15 @@ BEHIND = (0, 3, 150)  # tokens, in turn
 
 
 pytestmark = pytest.mark.proves("row ends")
-WIDE = pytest.mark.proves("deterministic beyond D128")
+WIDE, ALIBI = (pytest.mark.proves(x) for x in ("deterministic beyond D128", "alibi_slopes with packed sequences"))
 
 
-@pytest.mark.parametrize(
-    ("n", "name"), [pytest.param(*x, marks=WIDE if x[1] == "deterministic_D256" else ()) for x in enumerate(CASES)]
-)
+def proving(n, name):
+    marks = {"alibi": ALIBI, "deterministic_D256": WIDE}
+    return pytest.param(n, name, marks=marks.get(name, marks.get(name.split("_")[0], ())))
+
+
+@pytest.mark.parametrize(("n", "name"), [proving(*x) for x in enumerate(CASES)])
 def test_matches_oracle(n, name):
     """One program for any lengths: they are arguments of a jitted function."""
     lengths, shape, options = CASES[name]

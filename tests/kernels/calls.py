@@ -78,12 +78,16 @@ CALLS = {
     "D64_deterministic": (dict(D=64, S=1001), dict(deterministic=True)),
     "D128_packed": (dict(B=1, D=128), dict(causal=True, sequences=4)),
     "D64_packed": (dict(B=1, D=64, S=1001), dict(window=(100, 0), sequences=3)),
+    "D128_packed_alibi": (dict(B=1, D=128, S=1001), dict(softcap=20.0, sequences=3, alibi_slopes=jnp.ones((3, 16)))),
+    "D64_packed_alibi": (dict(B=1, D=64), dict(causal=True, sequences=3, alibi_slopes=jnp.ones(16))),
+    "D256_packed_alibi": (dict(B=1, D=256, S=1001), dict(causal=True, sequences=3, alibi_slopes=jnp.ones(16))),
     "float16": (dict(D=128, dtype=jnp.float16), dict(causal=True)),
 }
 
 
 # What the others show too.
 SLOW = {"D128_mask", "D64_dropout", "D256_dropout", "D256_bias", "D192_bias", "D192_bias_softcap", "D64_bias"}
+SLOW |= {"D64_packed_alibi", "D256_packed_alibi", "D192_deterministic", "D256_deterministic_mask"}
 SLOW |= {"D128_deterministic_bias", "D256_deterministic_packed", "D256_deterministic_bias"}
 
 

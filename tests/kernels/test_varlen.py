@@ -13,6 +13,7 @@ from jflash import _key_ranges, flash_attention_varlen
 from jflash._arguments import bind
 from pallas_kernels.hopper import attention_forward
 from pallas_kernels.parts import ranges, schedule
+from tests.kernels.calls import on_hopper
 from tests.kernels.interpreted import hopper_on_the_cpu
 from tests.kernels.test_attention import OLD
 from tests.masks import blocks
@@ -29,10 +30,23 @@ CASES = {
         dict(D=64, H=2, Hk=1),
         dict(causal=True, mask=blocks(1, 2, 191, 240), bias=jnp.sin(jnp.arange(191.0 * 240).reshape(1, 1, 191, 240))),
     ),
+    "alibi": ((70, 0, 80), (90, 4, 60), dict(D=128, H=2, Hk=1), dict(alibi_slopes=jnp.array([0.3, 0.02]))),
+    "alibi_of_each_D64": (
+        (100, 1, 90),
+        (150, 0, 90),
+        dict(D=64, H=2, Hk=1),
+        dict(causal=True, softcap=5.0, alibi_slopes=jnp.array([[0.3, 0.02], [1.0, 0.5], [0.1, 0.2]])),
+    ),
+    "alibi_D256": (
+        (60, 70),
+        (60, 100),
+        dict(D=256, H=1, Hk=1),
+        dict(deterministic=True, alibi_slopes=jnp.array([0.1])),
+    ),
     "deterministic_D256": ((60, 0, 70), (60, 5, 100), dict(D=256, H=1, Hk=1), dict(causal=True, deterministic=True)),
     "unused_rows": ((40, 30), (200, 100), dict(D=64, H=2, Hk=2), dict(causal=True)),
 }
-SLOW = {"mask_and_bias", "full", "deterministic_D256"}
+SLOW = {"mask_and_bias", "full", "deterministic_D256", "alibi_of_each_D64", "alibi_D256"}
 
 
 @pytest.mark.parametrize(
@@ -45,6 +59,13 @@ def test_matches_oracle(name):
 def test_a_cta_takes_several_tiles():
     with mock.patch.object(schedule, "SMS", 2):
         _assert_matches_oracle("causal")
+
+
+def test_alibi_is_not_dispatched_to():
+    q, cu = jax.ShapeDtypeStruct((64, 1, 64), jnp.bfloat16), np.array([0, 64], np.int32)
+    call = functools.partial(flash_attention_varlen, cu_seqlens_q=cu, cu_seqlens_k=cu, implementation="hopper")
+    with on_hopper("alibi_slopes with packed sequences"), pytest.raises(NotImplementedError, match="not yet proven"):
+        jax.eval_shape(functools.partial(call, alibi_slopes=jnp.ones(1)), q, q, q)
 
 
 def _assert_matches_oracle(name):
