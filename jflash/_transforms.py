@@ -1,13 +1,28 @@
-"""What JAX's transformations ask of an op, the same for every family: vmap, second derivatives, absent cotangents."""
+"""What JAX asks of an op, the same for every family: vmap, second derivatives, absent cotangents, promotion."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def by_standard_rules(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """function, which relies on JAX's promotion of dtypes and ranks, also where the user has forbidden it."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **options: _P.kwargs) -> _R:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return function(*args, **options)
+
+    return call
 
 
 def fold_into_batch(function, problem, fold_operands):

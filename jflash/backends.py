@@ -14,6 +14,7 @@ import jax
 from jax.core import Tracer
 
 from jflash import cudnn, l1_reference, linear_reference, reference, xla
+from jflash._transforms import by_standard_rules
 from jflash.xla import decode
 from jflash.xla import l1 as xla_l1
 from jflash.xla import linear as xla_linear
@@ -44,31 +45,35 @@ class Backend:
     backward: Callable | None  # None: by autodiff
 
 
+def _backend(name: str, why_not, forward: Callable, backward: Callable | None) -> Backend:
+    return Backend(name, why_not, by_standard_rules(forward), backward and by_standard_rules(backward))
+
+
 def _always(problem: Problem, direction: Direction) -> None:
     """Takes every problem."""
 
 
 BACKENDS = (
-    Backend("hopper", hopper.why_not, hopper.forward, hopper.backward),
-    Backend("cudnn", cudnn.why_not, cudnn.forward, cudnn.backward),
-    Backend("xla", _always, xla.forward, xla.backward),
-    Backend("reference", _always, reference.attention, None),
+    _backend("hopper", hopper.why_not, hopper.forward, hopper.backward),
+    _backend("cudnn", cudnn.why_not, cudnn.forward, cudnn.backward),
+    _backend("xla", _always, xla.forward, xla.backward),
+    _backend("reference", _always, reference.attention, None),
 )
 LINEAR = (
-    Backend("hopper", hopper_linear.why_not, hopper_linear.forward, hopper_linear.backward),
-    Backend("xla", _always, xla_linear.forward, xla_linear.backward),
-    Backend("reference", _always, linear_reference.linear_attention, None),
+    _backend("hopper", hopper_linear.why_not, hopper_linear.forward, hopper_linear.backward),
+    _backend("xla", _always, xla_linear.forward, xla_linear.backward),
+    _backend("reference", _always, linear_reference.linear_attention, None),
 )
 L1 = (
-    Backend("hopper", hopper_l1.why_not, hopper_l1.forward, hopper_l1.backward),
-    Backend("xla", _always, xla_l1.forward, xla_l1.backward),
-    Backend("reference", _always, l1_reference.l1_attention, None),
+    _backend("hopper", hopper_l1.why_not, hopper_l1.forward, hopper_l1.backward),
+    _backend("xla", _always, xla_l1.forward, xla_l1.backward),
+    _backend("reference", _always, l1_reference.l1_attention, None),
 )
 
 CACHE = (  # softmax attention on a cache: forward only
-    Backend("hopper", hopper_cache.why_not, hopper_cache.forward, None),
-    Backend("xla", _always, decode.forward, None),
-    Backend("reference", _always, reference.attention_on_cache, None),
+    _backend("hopper", hopper_cache.why_not, hopper_cache.forward, None),
+    _backend("xla", _always, decode.forward, None),
+    _backend("reference", _always, reference.attention_on_cache, None),
 )
 
 

@@ -163,6 +163,7 @@ def _of_part(problem: AttentionProblem, operands, _):
     return dataclasses.replace(problem, B=B, H=H, Hk=Hk), operands
 
 
+@_transforms.by_standard_rules
 def _step(backend: str, rotation: _Rotation, problem: AttentionProblem, x: _Operands):
     ok = _usable(problem, rotation, x)
     if x.tables is not None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jflash._arguments import array
+from jflash._transforms import by_standard_rules
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -19,6 +20,7 @@ ACTIVATIONS = {
 }
 
 
+@by_standard_rules
 def rms_norm(
     x: jax.Array,
     weight: jax.Array | None = None,
@@ -46,6 +48,7 @@ def rms_norm(
     return _normed(x, residual, h, out, weight, bias)
 
 
+@by_standard_rules
 def layer_norm(
     x: jax.Array,
     weight: jax.Array | None = None,
@@ -64,6 +67,7 @@ def layer_norm(
     return _normed(x, residual, h, out, weight, bias)
 
 
+@by_standard_rules
 def dense(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, activation: str | None = None):
     """`out = activation(x weight + bias)` of x [..., I] and weight [I, O], summed in float32 or wider; x's dtype.
 
@@ -81,6 +85,7 @@ def dense(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, act
     return (out if activation is None else ACTIVATIONS[activation](out)).astype(x.dtype)
 
 
+@by_standard_rules
 def mlp(
     x: jax.Array,
     weight1: jax.Array,
@@ -95,6 +100,7 @@ def mlp(
     return dense(hidden, weight2, bias2)
 
 
+@by_standard_rules
 def cross_entropy(
     logits: jax.Array,
     labels: jax.Array,
@@ -150,6 +156,7 @@ def _losses_forward(logits, labels, options):
     return (loss, jnp.where(kept, z, 0)), (logits, labels, lse)
 
 
+@by_standard_rules
 def _losses_backward(options, saved, cotangents):
     smoothing, scale, z_scale, ignored = options
     logits, labels, lse = saved

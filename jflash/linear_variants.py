@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jflash._transforms import by_standard_rules
 from jflash.linear import linear_attention
 
 
@@ -53,6 +54,7 @@ def lightning_attention(
     return linear_attention(q, k, v, log_decay=log_decay, scale=scale, **options)
 
 
+@by_standard_rules
 def mamba2_ssd(
     x: jax.Array,
     dt: jax.Array,

@@ -9,8 +9,10 @@ from jax.core import Tracer
 
 from jflash import _key_ranges
 from jflash._arguments import DTYPES, array, flag
+from jflash._transforms import by_standard_rules
 
 
+@by_standard_rules
 def apply_rotary(
     x: jax.Array,
     cos: jax.Array,

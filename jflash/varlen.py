@@ -12,11 +12,13 @@ from jax.core import Tracer
 from jflash import _key_ranges, backends
 from jflash._arguments import array, bind, per_head
 from jflash._op import attend
+from jflash._transforms import by_standard_rules
 from jflash.xla.operands import cleared, present
 from pallas_kernels import unproven
 from pallas_kernels.problem import AttentionArrays, AttentionProblem
 
 
+@by_standard_rules
 def flash_attention_varlen(
     q: jax.Array,
     k: jax.Array,

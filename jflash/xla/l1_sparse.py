@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jflash._transforms import by_standard_rules
 from jflash.l1_reference import scores, weight
 from pallas_kernels.problem import AttentionArrays, L1Problem
 
@@ -21,6 +22,7 @@ _SPREAD = 2**21  # numbers of a chunk that is spread over features
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@by_standard_rules
 def attend(p: L1Problem, a: AttentionArrays, vb: jax.Array | None, dst: jax.Array, src: jax.Array) -> jax.Array:
     """out [B, Sq, H, Dv] in q's dtype for pairs dst, src [E]; a pair out of range adds nothing."""
     if p.empty:
