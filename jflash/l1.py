@@ -265,7 +265,9 @@ def l1_scores(
     return jnp.transpose(_scores(problem, arrays), _LAYOUTS[layout])
 
 
-def why_not(q, k, v, *, implementation: str, direction="forward", target: str | None = None, **options) -> str | None:
+def why_not(
+    q, k, v, *, implementation: str, direction="forward", target: str | None = None, return_lse=False, **options
+) -> str | None:
     """Why a backend cannot take a call of `l1_attention` in a direction, or None if it can.
 
     Arguments as for `jflash.why_not`, with the options of `l1_attention`.
@@ -276,7 +278,7 @@ def why_not(q, k, v, *, implementation: str, direction="forward", target: str | 
     return backends.get(implementation, backends.L1).why_not(problem, direction)
 
 
-def explain(q, k, v, *, target: str | None = None, **options) -> str:
+def explain(q, k, v, *, target: str | None = None, return_lse=False, **options) -> str:
     """One line for each backend and direction: used, free to use, or why not. Arguments as for `why_not`."""
     problem, _ = bind(q, k, v, target=target, **options)
     return backends.explain(problem, backends.L1)

@@ -106,13 +106,13 @@ def test_scores():
 
 def test_explain():
     q, k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (Q, K))
-    text = jflash.l1.explain(q, k, k, causal=True, kind="reciprocal", target="sm_90")
+    text = jflash.l1.explain(q, k, k, causal=True, kind="reciprocal", target="sm_90", return_lse=True)
     assert "hopper     backward  used" in text
     text = jflash.l1.explain(q, k, k, center=True, target="sm_90")
     assert "hopper     forward   no: center is not in the kernels" in text
     assert "xla        forward   used" in text
     assert "reference  backward  can, but a faster backend is used" in text
-    assert jflash.l1.why_not(q, k, k, implementation="xla", direction="backward") is None
+    assert jflash.l1.why_not(q, k, k, implementation="xla", direction="backward", return_lse=True) is None
     packed = jax.ShapeDtypeStruct((1, 5, 2, 8), jnp.float32)
     assert "used" in jflash.l1.explain(packed, packed, packed, cu_seqlens=jax.ShapeDtypeStruct((3,), jnp.int32))
     with pytest.raises(ValueError, match="direction='sideways' must be one of"):
