@@ -16,6 +16,7 @@ for head_dim, length in ((64, 200), (128, 256), (256, 150)):
     features: tuple[dict[str, Any], ...] = (
         {"causal": True},
         {"softcap": 20.0},
+        {"causal": True, "deterministic": True},
         {"dropout_rate": 0.5, "dropout_key": jax.random.key(3)},
         {"mask": (i // 50 == i[:, None] // 50)[None, None], "bias": jnp.sin(i + i[:, None])[None, None]},
         {"segment_ids": i[None] // 70, "bias": jnp.sin(i)[None, None, None]},
