@@ -164,7 +164,9 @@ class _Repeated(_Eager):
     def backward(ctx, d_out, d_lse):
         q, k, v, out, lse = ctx.saved_tensors
         tensors = d_out, d_lse, out, lse, q, k, v
-        if d_out is not None and not torch.is_grad_enabled() and _are_plain(*tensors):
+        # Without storage they are many at once, of `torch.autograd.grad(..., is_grads_batched=True)`.
+        stored = d_out is not None and all(torch._C._has_storage(x) for x in (d_out, d_lse) if x is not None)
+        if stored and not torch.is_grad_enabled() and _are_plain(*tensors):
             found = direct.again(direct.signature("backward", tensors, ctx.options, False), tensors)
             if found is not None:
                 return *found, None, None

@@ -614,10 +614,13 @@ def test_repeated_gradients(played, monkeypatch):
     d_out = cotangent(tensors[0], 5)
     wide = [t.double().requires_grad_() for t in tensors]
     expected = torch.autograd.grad(by_definition(*wide, right=0)[0], wide, d_out.double())
+    both = torch.stack([d_out, -d_out])
+    batched = torch.autograd.grad(flash_attn_func(*leaves, causal=True), leaves, both, is_grads_batched=True)
     monkeypatch.setattr("interop.attention.attention_backward", None)
     found = torch.autograd.grad(flash_attn_func(*leaves, causal=True), leaves, d_out)
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, pair, theirs in zip(found, batched, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=2e-2, rtol=2e-2)
+        assert torch.equal(pair, torch.stack([ours, -ours]))
 
 
 class Marked(torch.Tensor):
