@@ -56,10 +56,14 @@ def _attend_bwd(problem: AttentionProblem, backend: str, residuals, cotangents):
         problem, bias_gradient=wanted.bias, lse_gradient=not _transforms.is_zero(cotangents[1])
     )
     d_out, d_lse = (_transforms.materialize(ct) for ct in cotangents)
-    operands = _transforms.first_order_only(backend, (arrays, out, lse, d_out, d_lse))
-    backward = functools.partial(_backward, backend=backend)
-    grads = fold_into_batch(backward, problem, _fold_operands)(operands)
+    grads = gradients(problem, backend, (arrays, out, lse, d_out, d_lse))
     return (AttentionArrays(q=grads.q, k=grads.k, v=grads.v, bias=grads.bias, sinks=grads.sinks),)
+
+
+def gradients(problem: AttentionProblem, backend: str, operands) -> AttentionGradients:
+    """Of (arrays, out, lse, d_out, d_lse), where out and lse may be those of more keys than arrays has."""
+    operands = _transforms.first_order_only(backend, operands)
+    return fold_into_batch(functools.partial(_backward, backend=backend), problem, _fold_operands)(operands)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)

@@ -50,7 +50,7 @@ def over_devices(function: Callable, problem, operands, of_part: Callable, axes,
     leaves, tree = jax.tree.flatten(operands)
     jaxpr, shapes = _traced(functools.partial(function, problem), operands)
     if mesh.manual_axes:
-        results = _varying_over(_varying(leaves), _on_one_device(jaxpr, leaves))
+        results = varying_over(varying(leaves), _on_one_device(jaxpr, leaves))
     else:
         call = Call(function, problem, of_part, tree, _letters(operands, axes), _letters(shapes, result_axes))
         results = _split(call, jaxpr, *leaves)
@@ -68,11 +68,12 @@ def _partition(call: Call, _, mesh, operands: Sequence, results: Sequence):
     parts = _parts(letters, (*operands, *results), mesh, sizes)
 
     def on_part(*leaves):
-        index = lax.axis_index(parts["H"]) if parts["H"] else 0
-        problem, mine = call.of_part(call.problem, jax.tree.unflatten(call.tree, leaves), index)
-        jaxpr, _ = _traced(functools.partial(call.function, problem), mine)
-        found = _on_one_device(jaxpr, jax.tree.leaves(mine))
-        return [_summed(x, names) for x, names in zip(found, shared, strict=True)]
+        with jax.sharding.use_abstract_mesh(_NO_MESH):
+            index = lax.axis_index(parts["H"]) if parts["H"] else 0
+            problem, mine = call.of_part(call.problem, jax.tree.unflatten(call.tree, leaves), index)
+            jaxpr, _ = _traced(functools.partial(call.function, problem), mine)
+            found = _on_one_device(jaxpr, jax.tree.leaves(mine))
+            return [_summed(x, names) for x, names in zip(found, shared, strict=True)]
 
     shared = [_sharing(parts, letters, x.shape) for letters, x in zip(call.results, results, strict=True)]
     place = lambda letters, x: NamedSharding(mesh, _spec(parts, letters, x.shape))  # noqa: E731
@@ -189,7 +190,7 @@ def _lower(ctx, *values, run, in_avals, **_):
 mlir.register_lowering(_one_device_p, _lower)
 
 
-def _varying(tree) -> frozenset[str]:
+def varying(tree) -> frozenset[str]:
     """The manual axes of a mesh over which any of the arrays varies."""
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
 
@@ -200,7 +201,7 @@ def typed(function: Callable, operands, axes, result_axes) -> Any:
     Inside `jax.shard_map` all operands come to vary over the axes over which one of them does, so that the gradient
     of one that did not is a sum. On a mesh with explicit axes the results lie as the operands do.
     """
-    mesh, operands = jax.sharding.get_abstract_mesh(), _varying_over(_varying(operands), operands)
+    mesh, operands = jax.sharding.get_abstract_mesh(), varying_over(varying(operands), operands)
     if not mesh.explicit_axes:
         return function(operands)
     leaves, letters = [jax.typeof(x) for x in jax.tree.leaves(operands)], _letters(operands, axes)
@@ -213,7 +214,9 @@ def typed(function: Callable, operands, axes, result_axes) -> Any:
     return jax.sharding.auto_axes(function, out_sharding=specs)(operands)
 
 
-def _varying_over(names: frozenset[str], tree):
+def varying_over(names: frozenset[str], tree):
+    """Arrays that vary over these manual axes; the gradient of one that did not is a sum over them."""
+
     def cast(x):
         missing = tuple(names - jax.typeof(x).manual_axis_type.varying)
         return lax.pcast(x, missing, to="varying") if missing else x

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jflash
@@ -140,40 +140,47 @@ def watched(backend: backends.Backend) -> backends.Backend:
     return dataclasses.replace(backend, forward=noting(backend.forward), backward=noting(backend.backward))
 
 
-def check(case: Case, mesh: Mesh, names: dict) -> set[str]:
-    """Compares a call on shards with the call alone; returns what moves between devices."""
+def check(case: Case, mesh: Mesh, names: dict, inside: bool) -> set[str]:
+    """Compares a call on shards with the call alone; returns what moves between devices. `inside`: of shard_map."""
 
-    def placed(letters: str, x) -> NamedSharding:
-        return NamedSharding(mesh, P(*(names.get(a) if n > 1 else None for a, n in zip(letters, x.shape, strict=True))))
+    def spec(letters: str, x) -> P:
+        return P(*(names.get(a) if n > 1 else None for a, n in zip(letters, x.shape, strict=True)))
 
     run, axes_of_gradients = gradients(case)
     results = jax.eval_shape(case.function, *case.arrays)
     results = results if isinstance(results, tuple) else (results,)
     cotangents = tuple(random(10 + n, *x.shape) for n, x in enumerate(results))
     alone = jax.jit(run)(case.arrays, cotangents)
-    where = tuple(map(placed, case.axes, case.arrays)), tuple(map(placed, case.result_axes, cotangents))
-    wanted = tuple(map(placed, (*case.result_axes, *axes_of_gradients), alone))
-    compiled = jax.jit(run, in_shardings=where, out_shardings=wanted).lower(case.arrays, cotangents).compile()
+    specs = tuple(map(spec, case.axes, case.arrays)), tuple(map(spec, case.result_axes, cotangents))
+    wanted = tuple(map(spec, (*case.result_axes, *axes_of_gradients), alone))
+    if inside:
+        run = jax.shard_map(run, in_specs=specs, out_specs=wanted)
+    operands = jax.device_put((case.arrays, cotangents), specs)
+    SEEN.clear()
+    compiled = jax.jit(run).lower(*operands).compile()
     parts = {axis: math.prod(mesh.shape[name] for name in names.get(axis, ())) for axis in "BH"}
     calls = 2 if case.differentiable else 1
-    assert SEEN[-calls:] == [(case.arrays[0].shape[0] // parts["B"], H // parts["H"])] * calls, SEEN
-    operands = jax.device_put((case.arrays, cotangents), where)
+    assert SEEN.count((case.arrays[0].shape[0] // parts["B"], H // parts["H"])) >= calls, SEEN
     for n, (one, many) in enumerate(zip(alone, compiled(*operands), strict=True)):
         assert np.abs(one).max() > 0.01, n
         np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-4, err_msg=f"result {n}")
+        assert many.sharding.is_equivalent_to(NamedSharding(mesh, wanted[n]), many.ndim), (n, many.sharding)
     return set(COLLECTIVES.findall(compiled.as_text() or ""))
 
 
-def main(placement: str, *chosen: str):
-    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
-    names = {"batch": {"B": ("x", "y")}, "heads": {"H": ("x", "y")}, "both": {"B": ("x",), "H": ("y",)}}[placement]
+def main(*chosen: str):
+    """Runs "case/axes/way": the axes B, H or BH are split, the way is auto, explicit or shard_map."""
     for family in ("BACKENDS", "LINEAR", "L1", "CACHE"):
         setattr(backends, family, tuple(map(watched, getattr(backends, family))))
-    for name in chosen:
+    for each in chosen:
+        name, axes, way = each.split("/")
         case = CASES[name]
-        moved = check(case, mesh, names if case.batch else {"H": names.get("H", ())})
-        assert moved <= ({"all-reduce"} if case.sums else set()), (name, moved)
-        print(f"{name}: equal")
+        names = {"B": {"B": ("x", "y")}, "H": {"H": ("x", "y")}, "BH": {"B": ("x",), "H": ("y",)}}[axes]
+        mesh = jax.make_mesh((2, 2), ("x", "y"), (AxisType.Explicit if way == "explicit" else AxisType.Auto,) * 2)
+        with jax.set_mesh(mesh):
+            moved = check(case, mesh, names if case.batch else {"H": names.get("H", ())}, way == "shard_map")
+        assert moved <= ({"all-reduce"} if case.sums else set()), (each, moved)
+        print(f"{each}: equal")
 
 
 if __name__ == "__main__":
