@@ -147,9 +147,9 @@ def _limits(causal: bool, window, Sq: int, Sk: int) -> tuple[int | None, int | N
         left, right = (_limit(side, x) for side, x in zip(("left", "right"), window, strict=True))
     if causal:
         right = 0
-    if left is not None and left >= Sk - 1:
+    if isinstance(Sk, int) and left is not None and left >= Sk - 1:  # else symbolic, of jax.export
         left = None
-    if right is not None and right >= Sq - 1:
+    if isinstance(Sq, int) and right is not None and right >= Sq - 1:
         right = None
     return left, right
 

@@ -89,11 +89,15 @@ def _corner(x: jax.Array, starts) -> list:
 
 
 def largest_divisor(n: int, most: int) -> int:
-    """The largest divisor of n that is at most `most`, or 1."""
+    """The largest divisor of n that is at most `most`, or 1; 1 for a symbolic shape of `jax.export`."""
+    if not isinstance(n, int) or not isinstance(most, int):
+        return 1
     return next(d for d in range(min(n, max(most, 1)), 0, -1) if n % d == 0)
 
 
 def _equal_blocks(length: int, most: int) -> tuple[int, int]:
     """The size, a multiple of 8, and the number of blocks of about equal size; `most` is a multiple of 8."""
+    if not isinstance(length, int):
+        raise NotImplementedError(f"sequence length {length} is symbolic, which only implementation='reference' takes")
     size = 8 * math.ceil(length / math.ceil(length / most) / 8)
     return size, math.ceil(length / size)

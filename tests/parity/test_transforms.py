@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from jflash import flash_attention
 from tests.oracle import inputs
@@ -131,6 +132,21 @@ def test_options_may_be_static_arguments():
     jitted = jax.jit(flash_attention, static_argnames=("causal", "window", "scale", "implementation"))
     options = {"causal": True, "window": (5, 0), "scale": 0.5, "implementation": "xla"}
     assert_close(jitted(q, k, v, **options), flash_attention(q, k, v, **options), atol=5e-6)
+
+
+def test_export_for_any_batch():
+    """With a symbolic batch; a symbolic length is for the reference alone."""
+    q = normal(3, B, SQ, H, 8)
+
+    def exported(shape, name):
+        x = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.float32)
+        return export.export(jax.jit(lambda q: flash_attention(q, q, q, causal=True, implementation=name)))(x)
+
+    expected = flash_attention(q, q, q, causal=True)
+    assert_close(exported(f"b, {SQ}, {H}, 8", None).call(q), expected, atol=5e-6)
+    assert_close(exported(f"b, s, {H}, 8", "reference").call(q), expected, atol=5e-6)
+    with pytest.raises(NotImplementedError, match="sequence length s is symbolic"):
+        exported(f"{B}, s, {H}, 8", None)
 
 
 @pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_saveable])
