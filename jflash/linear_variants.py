@@ -83,6 +83,12 @@ def mamba2_ssd(
 
     Source: Dao and Gu, Mamba-2 (arXiv 2405.21060).
     """
+    heads = x.shape[2:3]
+    _check_shape("dt", dt, x.shape[:3])
+    for name, of_heads in (("A", A), ("dt_bias", dt_bias)):
+        _check_shape(name, of_heads, heads)
+    _check_shape("D", D, heads, x.shape[2:])
+    _check_shape("z", z, x.shape)
     step = dt.astype(jnp.promote_types(x.dtype, jnp.float32))
     if dt_bias is not None:
         step = step + dt_bias
@@ -98,6 +104,11 @@ def mamba2_ssd(
         wide = wide * jax.nn.silu(z.astype(step.dtype))
     out = wide.astype(x.dtype)
     return (out, state) if return_state else out
+
+
+def _check_shape(name: str, x, *allowed: tuple[int, ...]) -> None:
+    if x is not None and x.shape not in allowed:
+        raise ValueError(f"{name}.shape={x.shape} must be {' or '.join(map(str, allowed))}, to go with x")
 
 
 def retention_log_decay(H: int) -> jax.Array:

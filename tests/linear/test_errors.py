@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflash import LinearAttentionState, linear_attention, linear_attention_step, simple_gla
+from jflash import LinearAttentionState, linear_attention, linear_attention_step, mamba2_ssd, simple_gla
 
 X = jnp.ones((2, 8, 4, 16))
 ONE = X[:1]
@@ -125,6 +125,22 @@ def test_two_gates():
 def test_values_that_a_jit_closes_over(options):
     with raises("end at 8 or before" if "cu_seqlens" in options else "log_decay max=1 must be <= 0"):
         jax.jit(lambda x: linear_attention(x, x, x, **options))(ONE)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "wanted"),
+    [
+        ("dt", X[:, :, :1, 0], "(2, 8, 4)"),
+        ("A", G[:1], "(4,)"),
+        ("D", X[:1], "(4,) or (4, 16)"),
+        ("z", X[:1], "(2, 8, 4, 16)"),
+        ("dt_bias", G[0], "(4,)"),
+    ],
+)
+def test_shapes_of_a_state_space_layer(name, bad, wanted):
+    """None of them broadcasts."""
+    with raises(f"{name}.shape={bad.shape} must be {wanted}, to go with x"):
+        mamba2_ssd(**{"x": X, "dt": X[..., 0], "A": G, "B": X, "C": X, name: bad})
 
 
 def test_traced_scale():
