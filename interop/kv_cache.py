@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from interop import _arguments
 from interop.cache_ops import attention_with_cache
@@ -120,8 +121,11 @@ def _check(q, k_cache, v_cache, k, v, cache_seqlens, num_splits) -> int:
         raise ValueError(f"num_splits={num_splits!r} must be an integer >= 0")
     if (k is None) != (v is None):
         raise ValueError("k and v must be given together")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, k_cache, v_cache)):
+    inputs = [x for x in (q, k, v, k_cache, v_cache) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         raise NotImplementedError("flash_attn_with_kvcache has no gradient: call it under torch.no_grad()")
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError("flash_attn_with_kvcache has no forward-mode derivative: detach its inputs")
     if k is None:
         return 0
     if cache_seqlens is None:

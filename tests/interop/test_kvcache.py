@@ -164,6 +164,12 @@ def test_errors_leave_the_caches_alone(name):
     torch.testing.assert_close((found["k_cache"], found["v_cache"]), before, equal_nan=True, rtol=0, atol=0)
 
 
+def test_forward_mode_raises():
+    found = arguments()
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda q: flash_attn_with_kvcache(**{**found, "q": q}), (found["q"],), (found["q"],))
+
+
 def test_unknown_values_write_nothing_and_give_nan(monkeypatch):
     """As on a GPU, where values are not waited for."""
     monkeypatch.setattr("interop._arguments.values_are_known", lambda x: False)
