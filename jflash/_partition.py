@@ -165,8 +165,10 @@ def _summed(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
 
 def _traced(function: Callable, operands):
     """The jaxpr of function(*operands) on one device, and the shapes of its results."""
+    from pallas_kernels._compat import unchecked_axes  # brings Mosaic GPU along, which takes a while
+
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
-    with jax.sharding.use_abstract_mesh(_NO_MESH):
+    with jax.sharding.use_abstract_mesh(_NO_MESH), unchecked_axes():
         return jax.make_jaxpr(function, return_shape=True)(*shapes)
 
 

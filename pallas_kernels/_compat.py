@@ -85,6 +85,13 @@ if jax.__version_info__ < (0, 11):
     _discharge_refs_inside_custom_vmap()
 
 
+def unchecked_axes():
+    """A context to trace in as if outside of `jax.shard_map`: kernels do not say over which axes their results vary."""
+    from jax._src import config
+
+    return config._check_vma(False)
+
+
 def load(ref, layout, optimized: bool = True):
     """Reads a ref into registers of a layout; one in global memory has no `optimized` way."""
     if jax.__version_info__ < (0, 11):

@@ -6,6 +6,7 @@ Needs jax-cuda13-plugin, jax-cuda13-pjrt and the CUDA compiler's wheels; `make t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import tempfile
@@ -54,6 +55,7 @@ def compile_for_h100(function, *shapes, donated: tuple[int, ...] = ()):
         return compiled, [_read(path) for path in sorted(Path(folder).glob("*.ptxas"))]
 
 
+@functools.cache
 def h100s(count: int) -> jax.sharding.Mesh:
     """A mesh of devices that are not there, along an axis x."""
     from jax.experimental import topologies

@@ -1,5 +1,6 @@
 """Compiles calls for four H100s: each launches the kernels on its part, and nothing moves between them."""
 
+import functools
 import importlib.metadata
 import re
 
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jflash import flash_attention, flash_attention_with_kvcache, l1_attention, linear_attention
+from jflash.parallel import ring_attention
 from tests.kernels.calls import on_hopper
 from tests.kernels.h100 import h100s
 
@@ -70,3 +72,17 @@ def test_heads_of_a_cache():
         return flash_attention_with_kvcache(q[:, :1], k, v, k[:, :1], v[:, :1], cache_seqlens=17)[0]
 
     check(compiled(run, P(None, None, "x"), 3), least=1)
+
+
+def test_ring():
+    """The kernels inside shard_map, and chunks of keys that go round."""
+
+    def run(q, k, v, d_out):
+        ring = functools.partial(ring_attention, axis_name="x", causal=True, implementation="hopper")
+        out, pull = jax.vjp(ring, q, k, v)
+        return out, pull(d_out)
+
+    parts = P(None, "x")
+    text = compiled(jax.shard_map(run, mesh=h100s(4), in_specs=parts, out_specs=parts), parts, 4)
+    assert text.count('custom_call_target="mosaic_gpu_v2"') >= 4
+    assert set(COLLECTIVES.findall(text)) == {"collective-permute"}
