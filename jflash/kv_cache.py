@@ -202,15 +202,14 @@ def _places(x: _Operands, ok: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _usable(problem: AttentionProblem, rotation: _Rotation, x: _Operands) -> jax.Array:
     """Which entries [B] have room for their keys, pages that exist, and positions that the tables have."""
-    end = x.start + x.new
-    ok = (x.start >= 0) & (end <= problem.Sk)
+    ok = (x.start >= 0) & (x.start <= problem.Sk - x.new)  # a sum might overflow
     if x.tables is not None:
-        ok &= x.start + rotation.positions(problem, x) <= x.tables[0].shape[0]
+        ok &= x.start <= x.tables[0].shape[0] - rotation.positions(problem, x)
     if x.pages is None:
         return ok
     N, page = x.k_cache.shape[:2]
     exists = (x.pages >= 0) & (x.pages < N)
-    unused = jnp.arange(x.pages.shape[1]) * page >= end[:, None]
+    unused = jnp.arange(x.pages.shape[1]) * page >= (x.start + x.new)[:, None]
     return ok & (exists | unused).all(axis=1)
 
 
@@ -303,7 +302,7 @@ def _check_values(problem: AttentionProblem, rotation: _Rotation, x: _Operands) 
     if isinstance(x.start, Tracer) or not x.start.size:
         return
     start, (N, page) = x.start, x.k_cache.shape[:2]
-    if start.min() < 0 or start.max() + x.new > problem.Sk:
+    if start.min() < 0 or start.max() > problem.Sk - x.new:
         what = f"cache_seqlens={start.tolist()} and {x.new} new keys"
         raise ValueError(f"{what} must be >= 0, and in sum <= {problem.Sk}, the room in the cache")
     if x.tables is not None:

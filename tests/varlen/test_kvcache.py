@@ -297,6 +297,7 @@ BAD = {
         ValueError,
         r"\[11, 0, 38\] and 3 new keys must be >= 0, and in",
     ),
+    "overflow": ({"cache_seqlens": np.array([11, 0, 2**31 - 1])}, ValueError, "and 3 new keys must be >= 0, and in"),
     "negative": ({"cache_seqlens": np.array([-1, 0, 3])}, ValueError, r"cache_seqlens=\[-1, 0, 3\]"),
     "row": ({"cache_batch_idx": np.array([0, 1, 3])}, ValueError, r"rows 0 to 3 of .* must be in \[0, 3\)"),
     "positions": ({"rotary_cos": tables(39)[0], "rotary_sin": tables(39)[1]}, ValueError, "40 positions or more"),
