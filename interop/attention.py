@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -197,25 +198,36 @@ class _Functorch(torch.autograd.Function):
         return _no_forward_mode()
 
 
-class _FirstOrderOnly(torch.autograd.Function):
-    """`jflash::attention_backward`; differentiating it raises."""
+def first_order(operator: Callable, why: str) -> Callable:
+    """The operator of a backward, so that its results raise where somebody differentiates them."""
 
-    generate_vmap_rule = True
+    class Once(torch.autograd.Function):
+        generate_vmap_rule = True
 
-    @staticmethod
-    def forward(*args):
-        return attention_backward(*args)
+        @staticmethod
+        def forward(*args):
+            return operator(*args)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
 
-    @staticmethod
-    def backward(ctx, *cotangents):
-        raise NotImplementedError(
-            "jflash attention has no second derivative: the kernels have a backward of first order only. Use "
-            "torch.nn.functional.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
-        )
+        @staticmethod
+        def backward(ctx, *cotangents):
+            raise NotImplementedError(why)
+
+    def run(*args):
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return Once.apply(*args) if differentiable else operator(*args)
+
+    return run
+
+
+_derivative = first_order(
+    attention_backward,
+    "jflash attention has no second derivative: the kernels have a backward of first order only. Use "
+    "torch.nn.functional.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)",
+)
 
 
 def _save(ctx, args, outputs) -> None:
@@ -238,9 +250,7 @@ def _gradients(x: Operands, options, rows, needs: Operands) -> tuple[Tensor | No
     if d_out is None and d_lse is None:
         return (None,) * 5
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    args = (d_out, d_lse, out, lse, *x, *options, bool(needs.bias))
-    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    *grads, d_bias, d_sinks = _FirstOrderOnly.apply(*args) if differentiable else attention_backward(*args)
+    *grads, d_bias, d_sinks = _derivative(d_out, d_lse, out, lse, *x, *options, bool(needs.bias))
     return (*grads, d_bias if needs.bias else None, d_sinks if needs.sinks else None)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from interop import bridge
-from interop.attention import break_graph_in_func
+from interop.attention import break_graph_in_func, first_order
 from interop.linear_ops import one_after_another, placed
 from interop.ops import TAGS
 
@@ -92,31 +92,16 @@ class _L1(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out, d_lse):
         *tensors, out, lse = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:DIFFERENTIABLE]
+        needs = Operands(*ctx.needs_input_grad[:TENSORS])
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        args = (d_out, d_lse, out, lse, *tensors, *ctx.options, Operands(*ctx.needs_input_grad[:TENSORS]).bias)
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        grads = _FirstOrderOnly.apply(*args) if differentiable else l1_backward(*args)
+        grads = _derivative(d_out, d_lse, out, lse, *tensors, *ctx.options, needs.bias)
         rest = (None,) * (TENSORS - DIFFERENTIABLE + len(ctx.options))
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *rest
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=False)), *rest
 
 
-class _FirstOrderOnly(torch.autograd.Function):
-    """`jflash::l1_backward`; differentiating it raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args):
-        return l1_backward(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        raise NotImplementedError("jflash L1 attention has no second derivative: its backward is of first order only")
+_derivative = first_order(
+    l1_backward, "jflash L1 attention has no second derivative: its backward is of first order only"
+)
 
 
 def _forward(*args):

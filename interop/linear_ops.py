@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from interop import bridge
-from interop.attention import break_graph_in_func
+from interop.attention import break_graph_in_func, first_order
 from interop.ops import TAGS
 
 
@@ -84,32 +84,17 @@ class _Linear(torch.autograd.Function):
         *tensors, out, norm = ctx.saved_tensors
         needs = Operands(*ctx.needs_input_grad[:TENSORS])
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        args = (d_out, d_kv, d_z, out, norm, *tensors, *ctx.options, needs.log_decay, needs.mask)
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        grads = _FirstOrderOnly.apply(*args) if differentiable else linear_backward(*args)
+        rows = d_out, d_kv, d_z, out, norm
+        grads = _derivative(*rows, *tensors, *ctx.options, needs.log_decay, needs.mask)
         rest = (None,) * (1 + len(ctx.options))
         return *(grad if need else None for grad, need in zip(grads, needs, strict=False)), *rest
 
 
-class _FirstOrderOnly(torch.autograd.Function):
-    """`jflash::linear_backward`; differentiating it raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args):
-        return linear_backward(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        raise NotImplementedError(
-            "jflash linear attention has no second derivative: its backward is of first order only. "
-            "interop.normal_linear_attention has derivatives of any order"
-        )
+_derivative = first_order(
+    linear_backward,
+    "jflash linear attention has no second derivative: its backward is of first order only. "
+    "interop.normal_linear_attention has derivatives of any order",
+)
 
 
 def _forward(*args):
