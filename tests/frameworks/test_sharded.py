@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import pytest
 
+from jflash.parallel import ring_attention, zigzag_order
 from tests.frameworks import ring
 from tests.frameworks.sharded import CASES
 from tests.frameworks.test_transforms import python
@@ -23,6 +25,21 @@ def test_calls():
 
 def test_ring():
     run("ring", "causal")
+
+
+def test_ring_refuses():
+    x, odd = (jnp.zeros((1, n, 2, 8)) for n in (6, 5))
+    with pytest.raises(ValueError, match="chunks of q and k, 6 and 5 long, must be equal with causal=True"):
+        ring_attention(x, odd, odd, axis_name="s", causal=True)
+    with pytest.raises(ValueError, match="zigzag with causal=False and chunks 6 long needs causal=True"):
+        ring_attention(x, x, x, axis_name="s", zigzag=True)
+    with pytest.raises(ValueError, match="chunks 5 long needs causal=True and an even length"):
+        ring_attention(odd, odd, odd, axis_name="s", causal=True, zigzag=True)
+    with pytest.raises(ValueError, match="length=12 must be a multiple of 2 devices=8"):
+        zigzag_order(12, 4)
+    with pytest.raises(NameError, match="s"):
+        ring_attention(x, x, x, axis_name="s")
+    assert zigzag_order(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
 
 
 @pytest.mark.slow
