@@ -174,9 +174,29 @@ def _step(backend: str, rotation: _Rotation, problem: AttentionProblem, x: _Oper
         k_cache = k_cache.at[rows, slots].set(x.k, mode="drop")
         v_cache = v_cache.at[rows, slots].set(x.v, mode="drop")
     arrays = CacheArrays(x.q, k_cache, v_cache, x.start + x.new, x.leftpad, x.pages, x.alibi_slopes, x.sinks)
-    out, lse = backends.get(backend, backends.CACHE).forward(problem, arrays)
+    attend = lambda problem, operands: backends.get(backend, backends.CACHE).forward(problem, *operands)  # noqa: E731
+    out, lse = _transforms.fold_into_batch(attend, problem, _fold_operands)((arrays,))
     out, lse = jnp.where(ok[:, None, None, None], out, jnp.nan), jnp.where(ok[:, None, None], lse, jnp.nan)
     return out, lse, k_cache, v_cache
+
+
+def _fold_operands(n: int, problem: AttentionProblem, operands, is_mapped):
+    """The problem and the arrays of n examples in one batch; pages of caches of their own come one after another."""
+    (arrays,), (mapped,) = operands, is_mapped
+    N = arrays.k.shape[1 if mapped.k else 0]
+    shared = arrays.pages is not None and not (mapped.k or mapped.v)
+
+    def fold_one(name, x, is_mapped):
+        of_cache = name in ("k", "v")
+        if x is None or (of_cache and shared):
+            return x
+        return _transforms.fold(n, N if of_cache else problem.B, x, is_mapped)
+
+    folded = CacheArrays(*map(fold_one, CacheArrays._fields, arrays, mapped))
+    if folded.pages is not None and not shared:
+        first = jnp.repeat(N * jnp.arange(n, dtype=jnp.int32), problem.B)
+        folded = folded._replace(pages=folded.pages + first[:, None])
+    return dataclasses.replace(problem, B=n * problem.B), (folded,)
 
 
 def _rotated(problem: AttentionProblem, rotation: _Rotation, x: _Operands) -> _Operands:

@@ -63,6 +63,15 @@ def test_matches_oracle(name):
         assert_decodes(**CASES[name])
 
 
+@pytest.mark.parametrize("name", ["D64", "D128_pages"])
+def test_lowers_under_vmap(name):
+    run, shapes = call_on_shapes(**SHAPES[name])
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), shapes)
+    with on_hopper():
+        text = jax.jit(jax.vmap(run)).trace(*stacked).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_lowers(name):
     run, shapes = call_on_shapes(**SHAPES[name])
