@@ -22,6 +22,7 @@ from pallas_kernels.problem import AttentionProblem
 @functools.partial(jax.jit, static_argnums=0)
 def packed(p: AttentionProblem, cu_seqlens_q: jax.Array, cu_seqlens_k: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[1, 3, Sq] of packed sequences, and the sequence [Sq] of each query; each stands at the end of its keys."""
+    cu_seqlens_q, cu_seqlens_k = jnp.asarray(cu_seqlens_q), jnp.asarray(cu_seqlens_k)  # numpy's under disable_jit
     row = jnp.arange(p.Sq, dtype=jnp.int32)
     sequence = sequence_of(row, cu_seqlens_q)
     _, q_end = _ends(cu_seqlens_q, sequence)

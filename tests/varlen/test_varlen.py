@@ -150,6 +150,16 @@ def test_tokens_behind_the_last_sequence_are_not_read(features, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, pull(out), pull(out.at[33:].set(jnp.nan)))
 
 
+def test_without_jit():
+    """Lengths that are known stay numpy's until a jit takes them; with jax.disable_jit none does."""
+    q, k, v = packed(5, jnp.float32, Tq=9, Tk=9).values()
+    lengths = {"cu_seqlens_q": np.array([0, 4, 8]), "cu_seqlens_k": np.array([0, 3, 9])}
+    attend = functools.partial(flash_attention_varlen, q, k, v, **lengths, causal=True, implementation="reference")
+    with jax.disable_jit():
+        out = attend()
+    np.testing.assert_allclose(out, attend(), atol=1e-6)
+
+
 def test_vmap():
     a, b = packed(13, Tq=60), packed(14, Tq=60)
     cus = jnp.stack([cu_seqlens(60, 0), cu_seqlens(22, 38)])
