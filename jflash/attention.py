@@ -7,7 +7,7 @@ from typing import Literal, TypedDict, Unpack, overload
 import jax
 
 from jflash import backends
-from jflash._arguments import bind
+from jflash._arguments import bind, flag
 from jflash._op import attend
 
 
@@ -112,7 +112,7 @@ def flash_attention(
     )  # fmt: skip
     chosen = backends.choose(problem, implementation)
     out, lse = attend(problem, "reference" if problem.empty else chosen, arrays)
-    return (out, lse) if return_lse else out
+    return (out, lse) if flag("return_lse", return_lse) else out
 
 
 def why_not(

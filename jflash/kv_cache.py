@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 
 from jflash import _transforms, backends, rotary
-from jflash._arguments import array, bind, known
+from jflash._arguments import array, bind, flag, known
 from jflash._partition import over_devices, typed
 from pallas_kernels.problem import AttentionProblem, CacheArrays
 
@@ -101,7 +101,7 @@ def flash_attention_with_kvcache(
     _check_values(problem, rotation, operands)
     chosen = backends.choose(problem, implementation, backends.CACHE)
     out, lse, k_cache, v_cache = _run(problem, "reference" if problem.empty else chosen, rotation, operands)
-    return (out, k_cache, v_cache, lse) if return_lse else (out, k_cache, v_cache)
+    return (out, k_cache, v_cache, lse) if flag("return_lse", return_lse) else (out, k_cache, v_cache)
 
 
 class _Operands(NamedTuple):

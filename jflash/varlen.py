@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jflash import _key_ranges, backends
-from jflash._arguments import array, bind, per_head
+from jflash._arguments import array, bind, flag, per_head
 from jflash._op import attend
 from jflash._transforms import by_standard_rules
 from jflash.xla.operands import cleared, present
@@ -94,7 +94,7 @@ def flash_attention_varlen(
     )
     backend = "reference" if problem.empty else chosen
     out, lse = (_attend_to_cleared if "row ends" in unproven.FEATURES else attend)(problem, backend, arrays)
-    return (out[0], lse[0]) if return_lse else out[0]
+    return (out[0], lse[0]) if flag("return_lse", return_lse) else out[0]
 
 
 def _batch_of_one_ids(x) -> jax.Array:

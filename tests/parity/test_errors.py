@@ -69,6 +69,7 @@ TYPES = {
     "causal=1 must be True or False": {"causal": 1},
     "causal=None must be True or False": {"causal": None},
     "deterministic='yes' must be True or False": {"deterministic": "yes"},
+    "return_lse='no' must be True or False": {"return_lse": "no"},
     "window=5 must be a pair (left, right)": {"window": 5},
     "window=(1, 2, 3) must be a pair (left, right)": {"window": (1, 2, 3)},
     "window left=1.0 must be an integer or None": {"window": (1.0, 0)},
