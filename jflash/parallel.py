@@ -146,10 +146,9 @@ def _views(whole: AttentionProblem, causal: bool, zigzag: bool) -> tuple[_View |
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     def update(kv, view, so_far):
-        row, mine = view.row, AttentionArrays(q[:, view.row :], *(x[:, : view.end] for x in kv))
-        out, lse = so_far
-        new = _merged(out[:, row:], lse[:, :, row:], *attend(view.problem, ring.backend, mine))
-        return out.at[:, row:].set(new[0]), lse.at[:, :, row:].set(new[1])
+        mine = AttentionArrays(q[:, view.row :], *(x[:, : view.end] for x in kv))
+        out, lse = attend(view.problem, ring.backend, mine)
+        return _merged(so_far, (_padded(out, 1, view.row, 0), _padded(lse, 2, view.row, 0, -jnp.inf)))
 
     def visit(so_far, kv, n):
         return ring.seen(n, functools.partial(update, kv), so_far)
@@ -175,9 +174,10 @@ def _attend_bwd(ring: _Ring, residuals, cotangents):
         return [x.astype(lse.dtype) for x in (found.q, found.k, found.v)]
 
     def update(kv, view, so_far):
-        dq, dk, dv = so_far
-        new_q, new_k, new_v = through(view.problem, *(x[:, : view.end] for x in kv), row=view.row)
-        return dq.at[:, view.row :].add(new_q), dk.at[:, : view.end].add(new_k), dv.at[:, : view.end].add(new_v)
+        dq, *dkv = through(view.problem, *(x[:, : view.end] for x in kv), row=view.row)
+        below = k.shape[1] - view.end
+        found = _padded(dq, 1, view.row, 0), *(_padded(x, 1, 0, below) for x in dkv)
+        return tuple(map(jnp.add, so_far, found))
 
     def visit(so_far, kv, n):
         dq, *dkv = ring.seen(n, functools.partial(update, kv), so_far)
@@ -191,8 +191,15 @@ def _attend_bwd(ring: _Ring, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _merged(out, lse, other_out, other_lse):
-    """out and lse over two sets of keys. Device n has seen its own, so lse is not -inf."""
+def _merged(so_far, other):
+    """out and lse over two sets of keys. Every query has seen the keys of its device, so the first lse is not -inf."""
+    (out, lse), (other_out, other_lse) = so_far, other
     both = jnp.logaddexp(lse, other_lse)
     old, new = (jnp.moveaxis(jnp.exp(x - both), 1, 2)[..., None] for x in (lse, other_lse))
     return old * out + new * other_out, both
+
+
+def _padded(x, axis: int, before: int, after: int, value: float = 0):
+    return lax.pad(
+        x, jnp.asarray(value, x.dtype), [(before, after, 0) if n == axis else (0, 0, 0) for n in range(x.ndim)]
+    )
