@@ -80,7 +80,9 @@ def flash_attention(
         window: (left, right): keys from `left` before to `right` after the query's position are seen, both
             ends included. None or -1 on a side leaves it open.
         softcap: scores become `softcap * tanh(scores / softcap)`, before bias and masks.
-        bias: added to the scores, [B|1, H|1, Sq|1, Sk|1] or [Sq, Sk], floating point. Differentiable.
+        bias: added to the scores, [B|1, H|1, Sq|1, Sk|1] or [Sq, Sk], floating point. Differentiable. Hide keys by
+            -inf or mask: the gradients of a row whose scores are all near -1e9 are too large, by up to its number of
+            keys, for they start from an lse that is rounded to float32.
         mask: bool, True = visible, of the same shapes as bias.
         segment_ids: integers [B, S], or a pair for queries [B, Sq] and keys [B, Sk]; a query sees only keys
             of its own segment. They are compared as int32.
