@@ -55,7 +55,7 @@ def test_float_mask_is_added_and_has_a_gradient(shape):
     )
 
 
-@pytest.mark.parametrize("lead", [(), (4,), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("lead", [(), (2, 3, 4)], ids=str)
 def test_any_number_of_axes(lead):
     """The mask broadcasts over the first of them."""
     g = torch.Generator().manual_seed(3)

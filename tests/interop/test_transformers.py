@@ -132,7 +132,7 @@ CASES = [
     *(("mistral", kind) for kind in ("dense", "right", "packed")),
     *(("gemma2", kind) for kind in ("dense", "right")),
     ("gpt_oss", "right"),
-    ("llama4", "left"),
+    pytest.param("llama4", "left", marks=pytest.mark.slow),
     ("bert", "right"),
 ]
 
