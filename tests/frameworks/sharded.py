@@ -38,6 +38,7 @@ class Case(NamedTuple):
     sums: bool = False  # gradients of what the shards share
     batch: bool = True  # may be split
     differentiable: bool = True
+    whole_heads: bool = False  # not split by four, as a group would be
 
 
 def random(seed: int, *shape: int) -> np.ndarray:
@@ -85,6 +86,7 @@ CASES = {
     ),
     "dropout": Case(dropped, qkv(), (ROWS,) * 3),
     "one key head": Case(lambda *x: flash_attention(*x, window=(5, 2)), qkv(Hk=1), (ROWS,) * 3, sums=True),
+    "groups": Case(lambda *x: flash_attention(*x, causal=True), qkv(Hk=2), (ROWS,) * 3, whole_heads=True),
     "l1": Case(lambda *x: l1_attention(*x, causal=True), qkv(), (ROWS,) * 3),
     "packed": Case(packed, qkv(B=1), (ROWS,) * 3, batch=False),
     "cache": Case(
@@ -144,8 +146,9 @@ def check(case: Case, mesh: Mesh, names: dict, inside: bool) -> set[str]:
     """Compares a call on shards with the call alone; returns what moves between devices. `inside`: of shard_map."""
 
     def spec(letters: str, x) -> P:
-        return P(*(names.get(a) if n > 1 else None for a, n in zip(letters, x.shape, strict=True)))
+        return P(*(names.get(a) if n % parts.get(a, 1) == 0 else None for a, n in zip(letters, x.shape, strict=True)))
 
+    parts = {axis: math.prod(mesh.shape[name] for name in names.get(axis, ())) for axis in "BH"}
     run, axes_of_gradients = gradients(case)
     results = jax.eval_shape(case.function, *case.arrays)
     results = results if isinstance(results, tuple) else (results,)
@@ -158,9 +161,9 @@ def check(case: Case, mesh: Mesh, names: dict, inside: bool) -> set[str]:
     operands = jax.device_put((case.arrays, cotangents), specs)
     SEEN.clear()
     compiled = jax.jit(run).lower(*operands).compile()
-    parts = {axis: math.prod(mesh.shape[name] for name in names.get(axis, ())) for axis in "BH"}
     calls = 2 if case.differentiable else 1
-    assert SEEN.count((case.arrays[0].shape[0] // parts["B"], H // parts["H"])) >= calls, SEEN
+    heads = H if case.whole_heads and parts["H"] > 2 else H // parts["H"]
+    assert SEEN.count((case.arrays[0].shape[0] // parts["B"], heads)) >= calls, SEEN
     for n, (one, many) in enumerate(zip(alone, compiled(*operands), strict=True)):
         assert np.abs(one).max() > 0.01, n
         np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-4, err_msg=f"result {n}")
@@ -179,7 +182,8 @@ def main(*chosen: str):
         mesh = jax.make_mesh((2, 2), ("x", "y"), (AxisType.Explicit if way == "explicit" else AxisType.Auto,) * 2)
         with jax.set_mesh(mesh):
             moved = check(case, mesh, names if case.batch else {"H": names.get("H", ())}, way == "shard_map")
-        assert moved <= ({"all-reduce"} if case.sums else set()), (each, moved)
+        gathered = {"all-gather"} if case.whole_heads and axes == "H" else set()
+        assert moved <= ({"all-reduce"} if case.sums else gathered), (each, moved)
         print(f"{each}: equal")
 
 
