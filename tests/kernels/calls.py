@@ -12,6 +12,13 @@ import pytest
 from jflash import backends, flash_attention, flash_attention_varlen
 from pallas_kernels import _compat, hopper, unproven
 
+MASKED = dict(
+    deterministic=True,
+    dropout_rate=0.1,
+    dropout_key=jax.random.key(0),
+    mask=(2, 1, 1, 2048),
+    segment_ids=jnp.zeros((2, 2048), jnp.int32),
+)
 CALLS = {
     "D128": (dict(D=128), {}),
     "D128_causal": (dict(D=128), dict(causal=True)),
@@ -28,16 +35,7 @@ CALLS = {
     "D64_mask": (dict(D=64, S=1001), dict(mask=(1, 16, 1, 1001))),
     "D256_dropout": (dict(D=256), dict(dropout_rate=0.1, dropout_key=jax.random.key(0))),
     "D256_mask": (dict(D=256, S=1001), dict(mask=(2, 1, 1001, 1001))),
-    "D128_deterministic_mask": (
-        dict(D=128),
-        dict(
-            deterministic=True,
-            dropout_rate=0.1,
-            dropout_key=jax.random.key(0),
-            mask=(2, 1, 1, 2048),
-            segment_ids=jnp.zeros((2, 2048), jnp.int32),
-        ),
-    ),
+    "D128_deterministic_mask": (dict(D=128), MASKED),
     "D128_bias": (dict(D=128, bias=(1, 16, 2048, 2048)), dict(causal=True)),
     "D64_bias": (dict(D=64, S=1001, bias=(2, 16, 1001, 1001)), {}),
     "D128_deterministic_bias": (dict(D=128, bias=(2, 16, 2048, 2048)), dict(causal=True, deterministic=True)),
@@ -64,16 +62,7 @@ CALLS = {
     "D192_deterministic": (dict(D=192, Dv=128), dict(causal=True, deterministic=True)),
     "D256_deterministic": (dict(D=256), dict(causal=True, softcap=20.0, deterministic=True)),
     "D256_deterministic_packed": (dict(B=1, D=256, S=1001), dict(causal=True, sequences=3, deterministic=True)),
-    "D256_deterministic_mask": (
-        dict(D=256),
-        dict(
-            deterministic=True,
-            dropout_rate=0.1,
-            dropout_key=jax.random.key(0),
-            mask=(2, 1, 1, 2048),
-            segment_ids=jnp.zeros((2, 2048), jnp.int32),
-        ),
-    ),
+    "D256_deterministic_mask": (dict(D=256), MASKED),
     "D256_deterministic_bias": (dict(D=256, bias=(2, 16, 2048, 2048)), dict(deterministic=True)),
     "D64_deterministic": (dict(D=64, S=1001), dict(deterministic=True)),
     "D128_packed": (dict(B=1, D=128), dict(causal=True, sequences=4)),

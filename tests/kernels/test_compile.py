@@ -18,15 +18,6 @@ REGISTERS = 65536  # of an SM
 MORE_SPILLS = {"D64_dropout": 24}  # bytes that a feature may spill beyond its tile's
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _needs_the_compiler():
-    for wheel in ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc"):
-        try:
-            importlib.metadata.version(wheel)
-        except importlib.metadata.PackageNotFoundError:
-            pytest.skip(f"needs the wheel {wheel}; `make test-compile` installs it")
-
-
 def compiled(shape: dict, options: dict) -> dict[str, Kernel]:
     with on_hopper():
         _, kernels = compile_for_h100(forward_and_backward(options), *shapes(**shape))

@@ -5,7 +5,6 @@ import pytest
 from pallas_kernels.hopper import decode
 from tests.kernels.calls import on_hopper
 from tests.kernels.h100 import compile_for_h100
-from tests.kernels.test_compile import _needs_the_compiler  # noqa: F401 (it is of every test)
 from tests.kernels.test_decode import SHAPES, call_on_shapes
 
 pytestmark = pytest.mark.compile

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import re
 from unittest import mock
@@ -164,7 +163,6 @@ def test_lowers(shape, options):
 
 
 @pytest.mark.compile
-@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs jax-cuda13-plugin")
 @pytest.mark.parametrize("decay", [None, "token"])
 @pytest.mark.parametrize(("D", "S", "expected"), [(64, 900, 4), (128, 900, 4), (256, 900, 4), (128, 1100, 7)])
 def test_ptxas_has_no_complaint(D, S, expected, decay):
@@ -186,7 +184,6 @@ def test_ptxas_has_no_complaint(D, S, expected, decay):
 
 
 @pytest.mark.compile
-@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs jax-cuda13-plugin")
 def test_a_step_is_one_pass_over_the_state():
     """One instruction reads it, and writes it without a copy if it is donated."""
     token, state = jax.ShapeDtypeStruct((8, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((8, 4, 64, 64), jnp.float32)

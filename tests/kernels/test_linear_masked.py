@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 from unittest import mock
 
 import jax
@@ -123,7 +122,6 @@ SHAPES = {
 
 
 @pytest.mark.compile
-@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs jax-cuda13-plugin")
 @pytest.mark.parametrize(
     ("name", "mask_dtype"),
     [*((name, "bfloat16") for name in SHAPES), ("D64_ragged", "float32"), ("D128", "float32")],
@@ -154,7 +152,6 @@ def test_ptxas_has_no_complaint(name, mask_dtype):
 
 
 @pytest.mark.compile
-@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs jax-cuda13-plugin")
 def test_weights_are_not_stored():
     B, S, H = 4, 2048, 8
     q, mask = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((B, S, H, 64), (1, 1, S, S)))
