@@ -9,7 +9,7 @@ import pytest
 # small that waiting warpgroups fill it and the one they wait for never runs.
 os.environ.setdefault("PJRT_NPROC", "16")
 
-# Here a test function with many cases runs every fourth of them; `pytest -m slow` runs the others.
+# Here a test function with many cases runs every fifth of them; `pytest -m slow` runs the others.
 THINNED = (
     *("/linear/", "/l1/", "/varlen/", "/parity/test_features"),
     *(f"/interop/test_{name}" for name in ("transformers", "kvcache", "varlen", "values", "lengths")),
@@ -22,6 +22,6 @@ def pytest_collection_modifyitems(items):
         if not any(part in str(item.path) for part in THINNED) or "errors" in item.path.name:
             continue
         function = item.path, item.originalname
-        if cases[function] % 4:
+        if cases[function] % 5:
             item.add_marker(pytest.mark.slow)
         cases[function] += 1

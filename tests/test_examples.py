@@ -103,6 +103,6 @@ def test_generate_text_runs_as_a_program():
 
 def test_l1_matching_runs_as_a_program(tmp_path):
     plot = tmp_path / "plot.png"
-    out = run("examples.l1_matching", "--steps", 100, "--out", plot)
+    out = run("examples.l1_matching", "--steps", 20, "--out", plot)
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert out.count("after 100 steps") == 4
+    assert out.count("after 20 steps") == 4
