@@ -96,7 +96,7 @@ class _L1(torch.autograd.Function):
         d_out = torch.zeros_like(out) if d_out is None else d_out
         grads = _derivative(d_out, d_lse, out, lse, *tensors, *ctx.options, needs.bias)
         rest = (None,) * (TENSORS - DIFFERENTIABLE + len(ctx.options))
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=False)), *rest
+        return *(grad if need else None for grad, need in zip(grads, needs[:DIFFERENTIABLE], strict=True)), *rest
 
 
 _derivative = first_order(

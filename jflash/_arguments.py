@@ -220,6 +220,11 @@ def reshaped(x, shape: tuple[int, ...]):
     return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.reshape(shape)
 
 
+def are_starts(values, tokens: int) -> bool:
+    """Whether the known values of cu_seqlens start at 0, never fall, and end at `tokens` or before."""
+    return bool(values[0] == 0 and (values[1:] >= values[:-1]).all() and values[-1] <= tokens)
+
+
 def narrowed(x, dtype):
     """x in float32 if it is float64 beside inputs that are not: kernels know no float64, JAX widens the gradient."""
     if x.dtype != jnp.float64 or dtype == jnp.float64:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jflash._arguments import known
+from jflash._arguments import are_starts, known
 from pallas_kernels.parts import ranges
 from pallas_kernels.problem import AttentionProblem
 
@@ -55,10 +55,9 @@ def check_cu_seqlens(name: str, x, tokens: int, longest=None) -> Any:
         raise ValueError(f"{name}.shape={x.shape} must be [N + 1] for N sequences")
     longest = _longest(name, longest)
     if not isinstance(x, Tracer):
-        lengths = np.diff(x)
-        if x[0] != 0 or (lengths < 0).any() or x[-1] > tokens:
+        if not are_starts(x, tokens):
             raise ValueError(f"{name}={x.tolist()} must start at 0, never fall, and end at {tokens} or before")
-        found = lengths.max(initial=0)
+        found = np.diff(x).max(initial=0)
         if longest is not None and found > longest:
             raise ValueError(f"max_seqlen={longest} must be >= {found}, the longest of {name}={x.tolist()}")
     return x.astype(jnp.int32)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jflash import _arguments
-from jflash._arguments import array, flag, number
+from jflash._arguments import are_starts, array, flag, number
 from pallas_kernels.problem import AttentionArrays, L1Problem
 
 KINDS = ("neg", "reciprocal")
@@ -145,7 +145,7 @@ def _borders(x, length: int):
         raise ValueError(f"cu_seqlens {x.dtype.name}{list(x.shape)} must be integers [sequences + 1]")
     if isinstance(x, jax.Array) and not isinstance(x, Tracer):
         found = np.asarray(x)
-        if found[0] != 0 or (found[1:] < found[:-1]).any() or found[-1] > length:
+        if not are_starts(found, length):
             raise ValueError(f"cu_seqlens={found.tolist()} must ascend from 0 to at most {length} tokens")
     return x
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jflash import backends
-from jflash._arguments import DTYPES, array, flag, narrowed, number, reshaped
+from jflash._arguments import DTYPES, are_starts, array, flag, narrowed, number, reshaped
 from pallas_kernels.problem import LinearArrays, LinearProblem
 
 
@@ -186,7 +186,7 @@ def _cu_seqlens(x, B: int, S: int):
         return x
     if not isinstance(x, Tracer):
         values = np.asarray(x)
-        if values[0] != 0 or (values[1:] < values[:-1]).any() or values[-1] > S:
+        if not are_starts(values, S):
             raise ValueError(f"cu_seqlens={values.tolist()} must start at 0, never fall, and end at {S} or before")
     return x.astype(jnp.int32)
 

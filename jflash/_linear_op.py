@@ -75,8 +75,8 @@ def _axes(problem: LinearProblem) -> LinearArrays:
 
 
 def _result_axes(problem: LinearProblem) -> LinearResults:
-    _, _, _, _, _, kv, z, _ = _axes(problem)
-    return LinearResults(out="B.H.", norm="B.H", kv=kv, z=z)
+    axes = _axes(problem)
+    return LinearResults(out="B.H.", norm="B.H", kv=axes.kv, z=axes.z)
 
 
 def _of_part(problem: LinearProblem, operands, _):
