@@ -28,6 +28,7 @@ from pallas_kernels.parts import (
     dropping,
     key_rows,
     masking,
+    query_rows,
     register_order,
     schedule,
     sparsity,
@@ -196,7 +197,7 @@ def _load(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
         refs.q_smem.load(refs.q_gmem, work.b, row, head, slot, refs.q_full.at[slot])
         plgpu.copy_gmem_to_smem(refs.lse_gmem.at[statistics], refs.lse_smem.at[slot], refs.q_full.at[slot])
         key_rows.load(refs, work.b, row, slot, refs.q_full.at[slot], plan.block)
-        key_rows.load_of_head(refs, work.b, head, row, slot, refs.q_full.at[slot])
+        query_rows.load_of_head(refs, work.b, head, row, slot, refs.q_full.at[slot])
         sparsity.load(refs, work.b, head, work.block, block, slot, refs.q_full.at[slot])
         pl.when(step >= t.stages)(lambda: plgpu.barrier_wait(refs.do_empty.at[slot]))
         refs.do_smem.load(refs.do_gmem, work.b, row, head, slot, refs.do_full.at[slot])

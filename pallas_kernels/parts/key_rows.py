@@ -75,11 +75,6 @@ def load(refs, b, row, slot, barrier, block: Block) -> None:
         plgpu.copy_gmem_to_smem(limits, refs.limits_smem.at[slot], barrier)
 
 
-def load_of_head(refs, b, h, row, slot, barrier) -> None:
-    """Starts to copy what belongs to a block of queries of a head."""
-    query_rows.load_of_head(refs, b, h, row, slot, barrier)
-
-
 def load_keys(refs, b, row, barrier, block: Block) -> None:
     """Starts to copy what belongs to the keys."""
     if refs.kv_ids_gmem is not None:

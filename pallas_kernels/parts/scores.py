@@ -56,12 +56,9 @@ def _two_over(x: jax.Array, interpret: Interpret) -> jax.Array:
     """2 / x for x >= 1: one instruction, where a division must mind small and large numbers."""
     if interpret is not None or "softcap by reciprocals" in unproven.FEATURES:
         return 2.0 / x
-    call = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_tile_like(x))
+    result = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, plgpu.Layout.WGMMA)
+    call = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=result)
     return 2.0 * call(functools.partial(_reciprocals, x.shape))(x)
-
-
-def _tile_like(x):
-    return plgpu.ShapeDtypeStruct(x.shape, jnp.float32, plgpu.Layout.WGMMA)
 
 
 def _reciprocals(shape: tuple[int, int], _, x):
