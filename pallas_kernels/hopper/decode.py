@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat
 from pallas_kernels.hopper.cache import BLOCK_KEYS
-from pallas_kernels.parts import masking, ranges, scores, softmax, tma
+from pallas_kernels.parts import alibi, masking, ranges, scores, softmax, tma
 from pallas_kernels.parts.schedule import SMS
 from pallas_kernels.parts.softmax import Softmax
 from pallas_kernels.problem import AttentionProblem, CacheArrays
@@ -89,7 +89,7 @@ class Refs(NamedTuple):
     q_gmem: Any  # [1, all rows, 1, D]
     k_gmem: Any
     v_gmem: Any
-    limits_gmem: Any  # [B, 2, rows]: the first and the last key of each row
+    ends_gmem: Any  # [B]: where the keys of an entry end
     out_gmem: Any  # [splits B Hk, rows, 1, Dv]
     lse_gmem: Any  # [splits B Hk, rows]
     q_smem: Any
@@ -98,7 +98,9 @@ class Refs(NamedTuple):
     out_smem: Any
     q_full: Any
     full: Any
+    starts_gmem: Any = None  # [B]: its first key
     pages_gmem: Any = None
+    slopes_gmem: Any = None  # [B|1, Hk, rows] of ALiBi
 
 
 class Work(NamedTuple):
@@ -110,8 +112,8 @@ class Work(NamedTuple):
     split: jax.Array
     block: jax.Array  # the first of its key blocks
     steps: jax.Array  # and how many
-    first: jax.Array  # keys before this one and after
-    last: jax.Array  # this one are seen by no row of the entry
+    keys: tuple[jax.Array, jax.Array]  # of the entry: the first, and the end
+    seen: tuple[jax.Array, jax.Array]  # the first and the last key that some row of the entry sees
     full: tuple[jax.Array, jax.Array]  # blocks between these are seen by every row
 
 
@@ -122,13 +124,17 @@ def decode(
     plan = make_plan(p, a, tile or TILES[p.D], interpret)
     q = a.q.reshape(p.B, p.Sq, p.Hk, p.group, p.D).swapaxes(1, 2).reshape(1, -1, 1, p.D)
     inputs = {
-        "q_gmem": tma.fit(q, ROWS),
+        "q_gmem": q,
         "k_gmem": tma.fit(a.k, min(plan.page, BLOCK_KEYS)),
         "v_gmem": tma.fit(a.v, min(plan.page, BLOCK_KEYS)),
-        "limits_gmem": ranges.limits(jnp.repeat(ranges.of_cache(p, a), p.group, axis=2), ROWS),
+        "ends_gmem": a.ends,
     }
+    if a.starts is not None:
+        inputs["starts_gmem"] = a.starts
     if a.pages is not None:
         inputs["pages_gmem"] = a.pages
+    if a.alibi_slopes is not None:
+        inputs["slopes_gmem"] = _slopes_of_rows(plan, a.alibi_slopes)
     kernel = _compat.kernel(
         functools.partial(_kernel, plan, (*inputs, "out_gmem", "lse_gmem")),
         name="decode",
@@ -164,24 +170,35 @@ def split_count(tiles: int, blocks: int, ctas: int) -> int:
     return next(n for n in counts if filled(n) >= 0.95 * best)
 
 
-def merge(plan: Plan, out: jax.Array, lse: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The splits added up, each weighted by exp(its lse); a sink is one more, whose out is 0."""
+def _slopes_of_rows(plan: Plan, slopes: jax.Array) -> jax.Array:
+    """[B|1, H] -> [B|1, Hk, rows in whole tiles]: rows are the heads of a group, for each query in turn."""
     p = plan.problem
-    by_head = plan.splits, p.B, p.Hk, p.group
-    lse = lse[:, : plan.rows].reshape(plan.splits, p.B, p.Hk, p.Sq, p.group).swapaxes(3, 4)
-    out = out.reshape(*by_head[:3], p.Sq, p.group, p.Dv).swapaxes(3, 4)
-    top = lse.max(axis=0)
+    each = jnp.tile(slopes.astype(jnp.float32).reshape(-1, p.Hk, p.group), (1, 1, p.Sq))
+    return jnp.pad(each, ((0, 0), (0, 0), (0, -plan.rows % ROWS)))
+
+
+def merge(plan: Plan, out: jax.Array, lse: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The splits added up, each weighted by exp(its lse); a sink is one more, whose out is 0.
+
+    Without a reduction, and with lse broadcast before anything is done to it, this is one kernel of XLA's.
+    """
+    p = plan.problem
+    lse = lse[:, : plan.rows].reshape(plan.splits, p.B, p.Hk, p.Sq, p.group)
+    lse = lse.transpose(0, 1, 3, 2, 4).reshape(plan.splits, p.B, p.Sq, p.H, 1)
+    out = out.reshape(plan.splits, p.B, p.Hk, p.Sq, p.group, p.Dv)
+    out = out.transpose(0, 1, 3, 2, 4, 5).reshape(plan.splits, p.B, p.Sq, p.H, p.Dv)
+    terms = list(jnp.broadcast_to(lse, out.shape))
     if sinks is not None:
-        sinks = jnp.broadcast_to(sinks.astype(jnp.float32), (p.B, p.H)).reshape(p.B, p.Hk, p.group, 1)
-        top = jnp.maximum(top, sinks)
+        terms.append(jnp.broadcast_to(sinks.astype(jnp.float32)[:, None, :, None], terms[0].shape))
+    top = functools.reduce(jnp.maximum, terms)
     safe = jnp.where(top == -jnp.inf, 0.0, top)
-    weights = jnp.exp(lse - safe)
-    total = weights.sum(axis=0) + (0.0 if sinks is None else jnp.exp(sinks - safe))
+    weights = [jnp.exp(x - safe) for x in terms]
+    total = functools.reduce(jnp.add, weights)
     some = total != 0  # NaN is something
-    out = (out * weights[..., None]).sum(axis=0) / jnp.where(some, total, 1.0)[..., None]
-    lse = jnp.where(some, safe + jnp.log(total), -jnp.inf)
-    out = jnp.moveaxis(out, 3, 1).reshape(p.B, p.Sq, p.H, p.Dv)
-    return out.astype(p.dtype), lse.reshape(p.B, p.H, p.Sq)
+    parts = functools.reduce(jnp.add, (x * weight for x, weight in zip(out, weights, strict=False)))
+    merged = parts / jnp.where(some, total, 1.0)
+    lse = jnp.where(some, safe + jnp.log(total), -jnp.inf)[..., 0]
+    return merged.astype(p.dtype), lse.swapaxes(1, 2)
 
 
 def _scratch(plan: Plan) -> dict[str, Any]:
@@ -209,15 +226,14 @@ def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     refs = Refs(**dict(zip(names, gmem, strict=True)), **{**scratch, **views})
     work = _work(plan, refs, lax.axis_index("cta"))
     here = (work.b * plan.problem.Hk + work.h) * plan.rows + work.row
-    refs.q_smem.load(refs.q_gmem, 0, here, 0, 0, refs.q_full)
+    refs.q_smem.load(refs.q_gmem, 0, here, 0, 0, refs.q_full, pl.ds(0, min(ROWS, plan.rows)))
     for n in range(plan.tile.stages):
         pl.when(n < work.steps)(functools.partial(_load, plan, refs, work, n, _cache_rows(plan, refs, work, n)))
-    limits = refs.limits_gmem.at[tma.batch_entry(refs.limits_gmem, work.b)]
-    bounds = [_compat.load(limits.at[n, pl.ds(work.row, ROWS)], softmax.ROWS, optimized=False) for n in range(2)]
+    rows = _rows(plan, refs, work)
     plgpu.barrier_wait(refs.q_full)
     acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.problem.Dv), jnp.float32), WGMMA)
     carry = Carry(acc, softmax.start(ROWS), _cache_rows(plan, refs, work, plan.tile.stages))
-    carry = lax.fori_loop(0, work.steps, functools.partial(_step, plan, refs, work, bounds), carry)
+    carry = lax.fori_loop(0, work.steps, functools.partial(_step, plan, refs, work, rows), carry)
     _epilogue(plan, refs, work, carry)
 
 
@@ -227,14 +243,45 @@ def _work(plan: Plan, refs: Refs, cta) -> Work:
     cta, row_block = lax.div(cta, plan.row_blocks), lax.rem(cta, plan.row_blocks)
     cta, h = lax.div(cta, p.Hk), lax.rem(cta, p.Hk)
     b, split = lax.div(cta, plan.splits), lax.rem(cta, plan.splits)
-    limits, end = refs.limits_gmem.at[tma.batch_entry(refs.limits_gmem, b)], plan.row_blocks * ROWS - 1
-    # Limits rise from query to query, so the first and the last row have the extremes.
-    first, last_first, first_last, last = limits[0, 0], limits[0, end], limits[1, 0], limits[1, end]
+    start = jnp.int32(0) if refs.starts_gmem is None else refs.starts_gmem[b]
+    end = jnp.minimum(refs.ends_gmem[b], p.Sk)  # of an entry that breaks a rule it may be any
+    # Limits rise from query to query, so the first and the last one have the extremes.
+    (first, last_first), (first_last, last) = zip(*(_limits(p, end + n, start, end) for n in (-p.Sq, -1)), strict=True)
     keys = ranges.between(first, last_first, first_last, last, BLOCK_KEYS, -(-p.Sk // BLOCK_KEYS))
     most = lax.div(keys.hi - keys.lo + plan.splits - 1, jnp.int32(plan.splits))
     block = keys.lo + split * most
     steps = jnp.clip(keys.hi - block, 0, most)
-    return Work(b, h, row_block * ROWS, split, block, steps, first, last, (keys.full_lo, keys.full_hi))
+    full = keys.full_lo, keys.full_hi
+    return Work(b, h, row_block * ROWS, split, block, steps, (start, end), (first, last), full)
+
+
+def _limits(p: AttentionProblem, position, start, end) -> tuple:
+    """The first and the last key that a query at a position sees."""
+    first = start if p.left is None else jnp.maximum(start, position - p.left)
+    last = end - 1 if p.right is None else jnp.minimum(end - 1, position + p.right)
+    return first, last
+
+
+class Rows(NamedTuple):
+    """What distinguishes the 64 rows of a tile, each [64]."""
+
+    first: jax.Array  # key that it sees
+    last: jax.Array
+    position: jax.Array
+    slope: Any  # of ALiBi
+
+
+def _rows(plan: Plan, refs: Refs, work: Work) -> Rows:
+    p = plan.problem
+    start, end = (softmax.row_values(x, ROWS, jnp.int32) for x in work.keys)
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=softmax.ROWS) + work.row
+    position = end - p.Sq + lax.div(row, jnp.int32(p.group))
+    slope = None
+    if refs.slopes_gmem is not None:
+        slopes = refs.slopes_gmem.at[tma.batch_entry(refs.slopes_gmem, work.b), work.h, pl.ds(work.row, ROWS)]
+        slope = _compat.load(slopes, softmax.ROWS, optimized=False)
+    first, last = _limits(p, position, start, end)
+    return Rows(first, last, position, slope)
 
 
 def _cache_rows(plan: Plan, refs: Refs, work: Work, step) -> tuple:
@@ -263,7 +310,7 @@ class Carry(NamedTuple):
     cache_rows: tuple  # of the next block to copy
 
 
-def _step(plan: Plan, refs: Refs, work: Work, bounds, step, carry: Carry) -> Carry:
+def _step(plan: Plan, refs: Refs, work: Work, rows: Rows, step, carry: Carry) -> Carry:
     """Takes one block of keys in, then fills its slot again."""
     p, stages = plan.problem, plan.tile.stages
     slot, start = lax.rem(step, stages), (work.block + step) * BLOCK_KEYS
@@ -276,14 +323,15 @@ def _step(plan: Plan, refs: Refs, work: Work, bounds, step, carry: Carry) -> Car
         return s_acc[...]
 
     s = pl.run_scoped(products, plgpu.ACC((ROWS, BLOCK_KEYS), jnp.float32))
-    s, factor, _ = scores.modify(p, s, None, plan.interpret)
-    low, high = (bound - start for bound in bounds)
+    far = functools.partial(_far, rows, start, s.shape, plan.interpret)
+    s, factor, _ = scores.modify(p, s, far, plan.interpret)
+    low, high = rows.first - start, rows.last - start
     hide = functools.partial(masking.hide_columns, low=low, high=high, interpret=plan.interpret)
     cut = (work.block + step < work.full[0]) | (work.block + step >= work.full[1])
     s = lax.cond(cut, hide, lambda s: s, s)
     state, weights, fade = softmax.step(carry.state, s, factor, guarded=True)
-    unseen = (start < work.first) | (start + BLOCK_KEYS - 1 > work.last)
-    pl.when(unseen)(functools.partial(_clear, refs.v_smem, slot, work.first - start, work.last - start))
+    first, last = (key - start for key in work.seen)
+    pl.when((first > 0) | (last < BLOCK_KEYS - 1))(functools.partial(_clear, refs.v_smem, slot, first, last))
 
     def sums(o_acc):
         o_acc[...] = carry.acc * softmax.over_columns(fade, carry.acc.shape)
@@ -294,6 +342,11 @@ def _step(plan: Plan, refs: Refs, work: Work, bounds, step, carry: Carry) -> Car
     plgpu.commit_smem()  # all warps have read the slot
     pl.when(step + stages < work.steps)(functools.partial(_load, plan, refs, work, step + stages, carry.cache_rows))
     return Carry(acc, state, _cache_rows(plan, refs, work, step + stages + 1))
+
+
+def _far(rows: Rows, start, shape: tuple[int, int], interpret: _compat.Interpret) -> jax.Array:
+    """ALiBi of the keys from `start` on."""
+    return alibi.of_rows([rows.slope, rows.position.astype(jnp.float32)], None, start, shape, interpret)
 
 
 def _clear(v_smem: tma.Tiles, slot, first, last) -> None:

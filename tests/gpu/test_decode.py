@@ -12,6 +12,8 @@ from tests.oracle import inputs
 from tests.varlen.caches import assert_decodes
 
 RAGGED = (1000, 1, 513, 0)
+SLOPES = 2.0 ** -jnp.arange(1.0, 9.0)
+EACH_SLOPES = jnp.stack([SLOPES, -SLOPES])
 CASES = {
     "one_query": dict(lengths=RAGGED, H=8, Hk=2, D=128),
     "one_query_D64": dict(lengths=RAGGED, H=8, Hk=2, D=64),
@@ -23,6 +25,9 @@ CASES = {
     "window": dict(lengths=(900, 100), Sq=3, H=4, Hk=2, D=64, window=(200, 0), softcap=3.0),
     "window_ahead": dict(lengths=(900, 100), Sq=7, H=4, Hk=2, D=128, window=(64, 2), scale=0.3),
     "sinks": dict(lengths=RAGGED, H=4, Hk=2, D=128, sinks=True),
+    "alibi": dict(lengths=RAGGED, H=8, Hk=2, D=128, alibi_slopes=SLOPES),
+    "alibi_of_each": dict(lengths=(900, 70), leftpad=(20, 0), Sq=3, H=8, D=64, causal=True, alibi_slopes=EACH_SLOPES),
+    "alibi_softcap": dict(lengths=RAGGED, Sq=9, H=8, Hk=1, D=128, causal=True, softcap=3.0, alibi_slopes=SLOPES),
     "float16": dict(lengths=RAGGED, Sq=2, H=4, Hk=2, D=128, dtype=jnp.float16, causal=True),
     "short_cache": dict(lengths=(20, 5), H=2, D=64),
     "pages_of_8": dict(lengths=RAGGED, H=4, Hk=2, D=128, page=8, room=40),
@@ -33,7 +38,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+def proving(name):
+    return pytest.param(name, marks=[pytest.mark.proves("ALiBi on a cache")] if "alibi" in name else [])
+
+
+@pytest.mark.parametrize("name", [proving(name) for name in CASES])
 def test_matches_oracle(name):
     assert_decodes(**CASES[name])
 
