@@ -74,7 +74,7 @@ def _verdict(backend: str, arrays: list[jax.Array], options: dict) -> str:
         for direction in ("forward", "backward")
     )
     if forward:
-        return "waits for a GPU" if "not yet proven on a GPU" in forward else f"no: {forward}"
+        return f"no: {forward}"
     return f"forward only: {backward}" if backward else "yes"
 
 

@@ -19,7 +19,6 @@ from jaxlib.mlir.dialects import stablehlo
 from torch import Tensor
 
 from interop import bridge
-from pallas_kernels import unproven
 
 _KERNEL = "mosaic_gpu_v2"
 _FLOATING = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -101,9 +100,6 @@ class _Reader:
             return self._note(_kernel(op), operands, len(op.results))
         if op.name == "stablehlo.optimization_barrier":
             return operands
-        held = op.name in _ARITHMETIC and "direct launches around integers" in unproven.FEATURES
-        if held and not all(isinstance(x, Tensor) for x in operands):
-            raise Unsupported(f"{op.name}, which torch can do, but not yet proven on a GPU")
         if op.name == "stablehlo.sort":
             _check_sort(op)
             axis = op.attributes["dimension"].value
@@ -357,10 +353,4 @@ _OPERATIONS = {
     "stablehlo.or": _of(torch.bitwise_or),
     "stablehlo.not": _of(torch.bitwise_not),
     "stablehlo.reduce": _reduce,
-}
-_ARITHMETIC = {
-    *("stablehlo.transpose", "stablehlo.reverse", "stablehlo.concatenate", "stablehlo.compare", "stablehlo.select"),
-    *("stablehlo.add", "stablehlo.subtract", "stablehlo.multiply", "stablehlo.divide"),
-    *("stablehlo.minimum", "stablehlo.maximum", "stablehlo.and", "stablehlo.or", "stablehlo.not"),
-    *("stablehlo.reduce", "stablehlo.sort"),
 }

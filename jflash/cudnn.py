@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from jflash import xla
-from pallas_kernels import unproven
 from pallas_kernels.problem import AttentionArrays, AttentionGradients, AttentionProblem
 
 OLDEST, HOPPER = 80, 90  # compute capabilities: of its fused attention, and of that for head dims to 256
@@ -31,8 +30,11 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
         (p.left is not None and p.right is None, f"window with left={p.left} needs right=0"),
         (masked and p.offset != 0, f"causal or window with Sq={p.Sq} and Sk={p.Sk} must be equal lengths"),
         (p.deterministic and direction == "backward", "deterministic=True is not in cuDNN"),
+        (
+            direction == "backward" and (p.Sq % 2 or p.Sk % 2),
+            f"Sq={p.Sq} and Sk={p.Sk} must be even for JAX to differentiate cuDNN's attention",
+        ),
         *((held, f"{name} is not in cuDNN") for name, held in _features(p).items()),
-        *unproven.reasons({"cudnn": True}, "jflash"),
     )
     return next((reason for failed, reason in reasons if failed), None)
 

@@ -13,9 +13,7 @@ from jflash import _key_ranges, backends
 from jflash._arguments import array, bind, flag, per_head
 from jflash._op import attend
 from jflash._transforms import by_standard_rules
-from jflash.xla.operands import cleared, present
-from pallas_kernels import unproven
-from pallas_kernels.problem import AttentionArrays, AttentionProblem
+from pallas_kernels.problem import AttentionProblem
 
 
 @by_standard_rules
@@ -93,18 +91,12 @@ def flash_attention_varlen(
         key_ranges=ranges, alibi_slopes=alibi_slopes, row_ends=_row_ends(problem, cu_seqlens_q, cu_seqlens_k)
     )
     backend = "reference" if problem.empty else chosen
-    out, lse = (_attend_to_cleared if "row ends" in unproven.FEATURES else attend)(problem, backend, arrays)
+    out, lse = attend(problem, backend, arrays)
     return (out[0], lse[0]) if flag("return_lse", return_lse) else out[0]
 
 
 def _batch_of_one_ids(x) -> jax.Array:
     return jnp.asarray(array("segment_ids", x))[None]
-
-
-def _attend_to_cleared(problem: AttentionProblem, backend: str, a: AttentionArrays) -> tuple[jax.Array, jax.Array]:
-    """With zeros behind the last sequence in place of whatever a kernel would have to leave out."""
-    out, lse = attend(problem, backend, present(a)._replace(row_ends=None))
-    return cleared(a, 0, out), lse  # and so the cotangent
 
 
 def _row_ends(p: AttentionProblem, cu_seqlens_q, cu_seqlens_k) -> jax.Array | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels import unproven
 from pallas_kernels.problem import L1Problem
 from pallas_kernels.tiles import padded
 
@@ -84,20 +83,14 @@ def packed(p: L1Problem) -> bool:
 
 
 def forward_tile(p: L1Problem) -> L1ForwardTile:
-    return _proven((PACKED_FORWARD if packed(p) else FORWARD)[max(padded(p.D), padded(p.Dv))])
+    return (PACKED_FORWARD if packed(p) else FORWARD)[max(padded(p.D), padded(p.Dv))]
 
 
 def backward_tile(p: L1Problem) -> L1BackwardTile:
     tiles = FLOAT32_BACKWARD if p.dtype == "float32" else BACKWARD
-    if packed(p) and p.dtype == "bfloat16" and "L1 packed backward" not in unproven.FEATURES:
+    if packed(p) and p.dtype == "bfloat16":
         tiles = PACKED_BACKWARD
-    return _proven(tiles[max(padded(p.D), padded(p.Dv))])
-
-
-def _proven(tile):
-    crossed = tile.crossed and "L1 crossed rows" not in unproven.FEATURES
-    paired = tile.paired and "L1 paired lanes" not in unproven.FEATURES
-    return dataclasses.replace(tile, crossed=crossed, paired=paired)
+    return tiles[max(padded(p.D), padded(p.Dv))]
 
 
 def parts(p: L1Problem) -> int:

@@ -10,7 +10,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import unproven
 from pallas_kernels.problem import AttentionArrays, AttentionGradients, AttentionProblem
 from pallas_kernels.tiles import padded
 
@@ -31,7 +30,6 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
             f"head_dim={max(p.D, p.Dv)} with softcap and the gradient of a bias must be <= 192",
         ),
         (p.scale <= 0, f"scale={p.scale} must be > 0"),
-        *unproven.reasons(_features(p, direction)),
     )
     return next((reason for failed, reason in reasons if failed), None)
 
@@ -40,16 +38,6 @@ def _adds_to_bias_in_any_order(p: AttentionProblem) -> bool:
     """Whether several CTAs add to one number; a bias of one column has no part in the kernels' gradient."""
     shape = p.bias_shape
     return p.bias_gradient and shape is not None and shape[3] > 1 and shape[:2] != (p.B, p.H)
-
-
-def _features(p: AttentionProblem, direction: str) -> dict[str, bool]:
-    return {
-        "dropout": p.dropout_rate > 0,
-        "mask": p.mask_shape is not None,
-        "bias": p.bias_shape is not None,
-        "alibi_slopes with packed sequences": p.alibi and p.key_ranges,
-        "deterministic beyond D128": p.deterministic and direction == "backward" and max(p.D, p.Dv) > 128,
-    }
 
 
 def forward(p: AttentionProblem, a: AttentionArrays) -> tuple[jax.Array, jax.Array]:
@@ -77,7 +65,7 @@ def backward(p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_lse) ->
 
 def _has_kernel(p: AttentionProblem) -> bool:
     """Whether a kernel has both head dims."""
-    return padded(p.D) == padded(p.Dv) or max(padded(p.D), padded(p.Dv)) == 192
+    return padded(p.D) == padded(p.Dv) or (padded(p.D) == 192 and p.Dv < 192)
 
 
 def _of_one_head_dim(p: AttentionProblem, a: AttentionArrays) -> tuple[AttentionProblem, AttentionArrays]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels import unproven
 from pallas_kernels.hopper import TARGET
 from pallas_kernels.problem import AttentionProblem, CacheArrays
 
@@ -22,7 +21,6 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
         (p.dtype not in ("bfloat16", "float16"), f"dtype={p.dtype} must be bfloat16 or float16"),
         (p.D != p.Dv or p.D not in (64, 128), f"head_dim={p.D} and value head_dim={p.Dv} must both be 64 or 128"),
         (not fits, f"page={p.page} must be 8, 16, 32 or a multiple of {BLOCK_KEYS}"),
-        *unproven.reasons({"ALiBi on a cache": p.alibi}),
         (p.scale <= 0, f"scale={p.scale} must be > 0"),
     )
     return next((reason for failed, reason in reasons if failed), None)

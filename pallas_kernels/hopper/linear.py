@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels import unproven
 from pallas_kernels.hopper import TARGET
 from pallas_kernels.problem import LinearArrays, LinearGradients, LinearProblem, LinearResults
 from pallas_kernels.tiles import padded
@@ -25,7 +24,6 @@ def _why_not_masked(p: LinearProblem) -> str | None:
         (padded(p.D) != padded(p.Dv), f"head_dim={p.D} and value head_dim={p.Dv} must pad to one multiple of 64"),
         (lengths != (p.Sq, p.Sk), f"mask lengths {lengths} must be those of q and k, {(p.Sq, p.Sk)}, in the kernels"),
         (p.normalize, "normalize is not in the kernels"),
-        *unproven.reasons({"linear mask": True}),
     )
     return next((reason for failed, reason in reasons if failed), None)
 
@@ -39,15 +37,8 @@ def _why_not_causal(p: LinearProblem) -> str | None:
         (p.final_state and p.sequences is not None, "return_state with cu_seqlens is not in the kernels"),
         (p.scale == 0, f"scale={p.scale} must not be 0"),
         (p.chunk_size not in (None, 64), f"chunk_size={p.chunk_size} must be 64"),
-        *unproven.reasons(_features(p)),
     )
     return next((reason for failed, reason in reasons if failed), None)
-
-
-def _features(p: LinearProblem) -> dict[str, bool]:
-    """What a call may ask for beyond one causal pass."""
-    asked = {"normalize": p.normalize, "causal=False": not p.causal, "cu_seqlens": p.sequences is not None}
-    return {f"linear {name}": wanted for name, wanted in asked.items()}
 
 
 def forward(p: LinearProblem, a: LinearArrays) -> LinearResults:

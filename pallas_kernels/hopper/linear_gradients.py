@@ -10,7 +10,8 @@ forward's. Nothing of the forward is stored.
 
 The gradient of a log decay sums w dw over the pairs that it lies between. Within a chunk that is a running sum
 of q . dq - k . dk: the pairs on one side of the token cancel to the last bit, as both passes round alike. Left
-over are the pairs through a state: those of the chunk's keys, and total <S, dS'>, those that span the chunk.
+over are the pairs through a state: those of the chunk's keys, and total <S, dS'>, those that span the chunk: the
+pass of dq writes S, and that of dk reads it and multiplies.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import _compat, unproven
+from pallas_kernels import _compat
 from pallas_kernels.hopper.linear_plan import Scan
 from pallas_kernels.hopper.linear_scan import ScanResults, linear_scan
 from pallas_kernels.hopper.linear_split import entering_states, segments
@@ -57,9 +58,7 @@ def linear_gradients(
     cotangents = entering(adjoint(straight), k=a.q, v=d_out, initial=d_end)
     turned = cotangents._replace(initial=_transposed(cotangents.initial), own=_transposed(cotangents.own))
     dq = scan(swapped, d_out, a.v, a.k, a.log_decay, states, partners[0])
-    # The pass of dq writes S. That of dk reads it and multiplies; or writes dS' too, for XLA to multiply.
-    opposite = None if "linear products in the kernel" in unproven.FEATURES else dq.states
-    dk = scan(adjoint(swapped), a.v, d_out, a.q, a.log_decay, turned, partners[1], opposite)
+    dk = scan(adjoint(swapped), a.v, d_out, a.q, a.log_decay, turned, partners[1], dq.states)
     dv = scan(adjoint(straight), a.k, a.q, d_out, a.log_decay, cotangents)
     return LinearGradients(
         q=shared(dq.out, a.q),
@@ -98,13 +97,8 @@ def _decay_gradient(p: LinearProblem, log_decay, of_q: ScanResults, of_k: ScanRe
     total = sums.reshape(*sums.shape[:2], -1, CHUNK)[..., 0 if p.after else -1]
     assert of_q.dots is not None
     assert of_k.dots is not None
-    dots, through_state, *products = of_k.dots
-    if not products:
-        assert of_q.states is not None
-        assert of_k.states is not None
-        states = of_q.states.astype(jnp.float32) * of_k.states.astype(jnp.float32)
-        products = [states.sum(axis=-1)]
-    spanning = p.scale * jnp.exp2(total) * products[0].sum(axis=-1)
+    dots, through_state, products = of_k.dots
+    spanning = p.scale * jnp.exp2(total) * products.sum(axis=-1)
     within = lax.cumsum(of_q.dots[0] - dots, axis=3, reverse=p.before)
     dg = within + (through_state.sum(axis=-1) + spanning)[..., None]
     return summed_to(log_decay, jnp.moveaxis(dg.reshape(p.B, p.H, -1)[:, :, : p.Sq], 1, 2))

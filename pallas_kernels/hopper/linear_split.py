@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _compat, unproven
+from pallas_kernels import _compat
 from pallas_kernels.hopper.linear_plan import Scan, make_plan
 from pallas_kernels.hopper.linear_scan import Entering, linear_states
 from pallas_kernels.parts.decay import CHUNK
@@ -20,8 +20,6 @@ _SHORTEST = 8  # chunks of a segment: below, finding what enters costs more than
 
 def segments(scan: Scan) -> int:
     """Into how many the tokens are cut: no more than fill the GPU, each of whole chunks, the last maybe shorter."""
-    if "linear segments of time" in unproven.FEATURES:
-        return 1
     plan = make_plan(scan)
     room = SMS * plan.tile.ctas // (scan.B * scan.H * plan.slices)
     length = -(-scan.chunks // max(1, min(room, scan.chunks // _SHORTEST)))

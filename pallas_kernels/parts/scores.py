@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from pallas_kernels import unproven
 from pallas_kernels._compat import Interpret
 from pallas_kernels.parts import ptx, wgmma_layout
 from pallas_kernels.parts.softmax import LOG2E
@@ -54,7 +53,7 @@ def modify(
 
 def _two_over(x: jax.Array, interpret: Interpret) -> jax.Array:
     """2 / x for x >= 1: one instruction, where a division must mind small and large numbers."""
-    if interpret is not None or "softcap by reciprocals" in unproven.FEATURES:
+    if interpret is not None:
         return 2.0 / x
     result = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, plgpu.Layout.WGMMA)
     call = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=result)

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import _compat, unproven
+from pallas_kernels import _compat
 from pallas_kernels._compat import Interpret
 from pallas_kernels.parts import masking, ranges, wgmma_layout
 from pallas_kernels.parts.masking import WGMMA
@@ -29,8 +29,7 @@ _THREADS = 128
 
 def is_listed(p: AttentionProblem) -> bool:
     """Whether a problem's tiles walk by lists. The L1 kernels walk whole ranges."""
-    by_segments = p.segments and "segment skipping" not in unproven.FEATURES
-    return (p.mask_shape is not None or by_segments) and not isinstance(p, L1Problem)
+    return (p.mask_shape is not None or p.segments) and not isinstance(p, L1Problem)
 
 
 def by_query(p: AttentionProblem, a: AttentionArrays, rows: int, block_kv: int) -> dict[str, jax.Array]:

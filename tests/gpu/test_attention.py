@@ -51,6 +51,8 @@ def test_matches_oracle(shape, options):
 
 
 SEGMENTS = tuple(jax.random.randint(jax.random.key(n), (2, length), 0, 3) for n, length in enumerate((700, 900)))
+DROPOUT = dict(dropout_rate=0.2, dropout_key=jax.random.key(7))
+ORDERED = tuple(jnp.sort(ids, axis=1) for ids in SEGMENTS)
 FEATURES = {
     "softcap": (dict(Sq=1000, D=128), dict(causal=True, softcap=3.0)),
     "softcap_D64": (dict(Sq=1000, D=64), dict(softcap=20.0)),
@@ -64,27 +66,6 @@ FEATURES = {
     "segments_D256": (dict(B=2, Sq=700, Sk=900, D=256), dict(segment_ids=SEGMENTS)),
     "segments": (dict(B=2, Sq=700, Sk=900, D=128), dict(segment_ids=SEGMENTS)),
     "segments_D64": (dict(B=2, Sq=700, Sk=900, D=64), dict(causal=True, segment_ids=SEGMENTS)),
-}
-
-
-@pytest.mark.proves("softcap by reciprocals")
-@pytest.mark.parametrize("name", [name for name in FEATURES if "softcap" in name])
-def test_softcap_by_reciprocals(name):
-    shape, options = FEATURES[name]
-    assert_matches_oracle(inputs(1, jnp.bfloat16, **shape), options, "hopper")
-
-
-@pytest.mark.parametrize("name", FEATURES)
-def test_features(name):
-    shape, options = FEATURES[name]
-    assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), options, "hopper")
-
-
-DROPOUT = dict(dropout_rate=0.2, dropout_key=jax.random.key(7))
-ORDERED = tuple(jnp.sort(ids, axis=1) for ids in SEGMENTS)
-
-
-UNPROVEN = {
     "dropout": (dict(Sq=1000, H=4, Hk=2, D=128), dict(causal=True, **DROPOUT)),
     "dropout_D64": (dict(B=2, Sq=700, Sk=900, H=2, D=64), dict(softcap=5.0, **DROPOUT)),
     "dropout_many_tiles_D64": (dict(B=8, Sq=1024, H=8, Hk=2, D=64), dict(causal=True, **DROPOUT)),
@@ -128,23 +109,15 @@ UNPROVEN = {
     ),
     "deterministic_D256_bias": (dict(B=2, Sq=500, H=2, D=256, bias=(2, 2, 500, 500)), dict(deterministic=True)),
     "nothing_is_seen": (dict(Sq=300, H=1, D=128), dict(mask=jnp.zeros((1, 1, 300, 300), bool))),
-    "segments": (dict(B=2, Sq=700, Sk=900, D=128), dict(segment_ids=SEGMENTS)),
     "ordered_segments": (dict(B=2, Sq=700, Sk=900, H=4, Hk=2, D=128), dict(segment_ids=ORDERED)),
     "ordered_segments_D64": (dict(B=2, Sq=700, Sk=900, D=64), dict(causal=True, segment_ids=ORDERED)),
     "ordered_segments_D256": (dict(B=2, Sq=700, Sk=900, D=256), dict(segment_ids=ORDERED)),
 }
 
 
-def proving(name):
-    features = {"ordered": "segment skipping", "segments": "segment skipping", "nothing": "mask"}
-    features["deterministic"] = "deterministic beyond D128"
-    first = name.split("_")[0]
-    return pytest.param(name, marks=pytest.mark.proves(features.get(first, first)))
-
-
-@pytest.mark.parametrize("name", [proving(name) for name in UNPROVEN])
-def test_features_to_be_proven(name):
-    shape, options = UNPROVEN[name]
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name):
+    shape, options = FEATURES[name]
     assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), options, "hopper")
 
 
@@ -173,7 +146,6 @@ def test_packed_sequences(name):
     assert_follows(ours, oracle, arrays)
 
 
-@pytest.mark.proves("bias")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 def test_bias_of_another_dtype(dtype):
     """As added in bfloat16, for its values are."""
@@ -216,9 +188,7 @@ def test_deterministic(shape):
     assert_matches_oracle(inputs(5, jnp.bfloat16, **SHAPES[shape]), dict(causal=True, deterministic=True), "hopper")
 
 
-@pytest.mark.parametrize(
-    "D", [64, 128, *(pytest.param(D, marks=pytest.mark.proves("deterministic beyond D128")) for D in (192, 256))]
-)
+@pytest.mark.parametrize("D", [64, 128, 192, 256])
 def test_deterministic_gives_the_same_bits_250_times(D):
     q, k, v = inputs(6, jnp.bfloat16, B=2, Sq=900, H=8, Hk=4, D=D).values()
 

@@ -38,11 +38,7 @@ CASES = {
 }
 
 
-def proving(name):
-    return pytest.param(name, marks=[pytest.mark.proves("ALiBi on a cache")] if "alibi" in name else [])
-
-
-@pytest.mark.parametrize("name", [proving(name) for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_matches_oracle(name):
     assert_decodes(**CASES[name])
 

@@ -263,7 +263,6 @@ def segmented(q, k, v):
     return attention(q, k, v, Options(right=0, deterministic=True), segment_ids=(ids, ids))[0]
 
 
-@pytest.mark.proves("direct launches around integers")
 @pytest.mark.parametrize("name", ["packed", "packed_D128", "padded", "sinks", "segments"])
 def test_bits_of_the_bridge_with_integers_between(name, monkeypatch):
     """Torch does what lies between the kernels: tables of sequences and segments, the factor of sinks."""
@@ -290,7 +289,6 @@ def _varlen(starts, q, k, v):
     return flash_attn_varlen_func(q, k, v, starts, starts, causal=True, deterministic=True)
 
 
-@pytest.mark.proves("direct launches around integers")
 def test_capture_of_packed_sequences():
     """A replay follows the values of cu_seqlens."""
     tensors, starts = packed(16, [100, 200, 84])

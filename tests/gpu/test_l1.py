@@ -1,7 +1,6 @@
 """The Hopper kernels of L1 attention against the oracle, on the device."""
 
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,7 @@ import numpy as np
 import pytest
 
 from jflash import l1_attention
-from pallas_kernels import unproven
-from tests.l1.rule import inputs, normal
+from tests.l1.rule import inputs
 from tests.oracle import on_the_cpu
 from tests.varlen.rule import assert_follows
 
@@ -49,20 +47,6 @@ def test_float16():
     _assert_matches_oracle(inputs(1, jnp.float16, Sq=200, D=128), dict(causal=True))
 
 
-@pytest.mark.proves("L1 crossed rows")
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param("float32", marks=pytest.mark.proves("L1 paired lanes")),
-        pytest.param("bfloat16", marks=pytest.mark.proves("L1 packed backward")),
-    ],
-)
-@pytest.mark.parametrize("name", CASES)
-def test_unproven_matches_oracle(name, dtype):
-    shape, options = CASES[name]
-    _assert_matches_oracle(inputs(0, jnp.dtype(dtype), **shape), options)
-
-
 def _assert_matches_oracle(arrays: dict, options: dict) -> None:
     attend = functools.partial(l1_attention, **options, return_lse=True)
     assert_follows(
@@ -85,24 +69,6 @@ def test_same_bits_every_run(dtype):
     first = run(arrays)
     for _ in range(50):
         assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, first, run(arrays))))
-
-
-@pytest.mark.proves("L1 packed backward")
-def test_unproven_signs_are_as_good_as_subtracted_ones():
-    """The same forward, so the same ds but for its rounding to bfloat16."""
-    arrays = inputs(5, jnp.bfloat16, B=2, Sq=1000, H=2, D=64)
-    cotangent = normal(6, 2, 1000, 2, 64, dtype=jnp.bfloat16)
-
-    def gradients():
-        _, pull = jax.vjp(lambda a: l1_attention(**a, implementation="hopper"), arrays)
-        return [x.astype(jnp.float32) for x in jax.tree.leaves(pull(cotangent))]
-
-    found = gradients()
-    jax.clear_caches()
-    with mock.patch.object(unproven, "FEATURES", {"L1 packed backward"}):
-        expected = gradients()
-    for x, y in zip(found, expected, strict=True):
-        assert jnp.sqrt(jnp.mean((x - y) ** 2) / jnp.mean(y**2)) < 2**-8
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

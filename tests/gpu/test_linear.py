@@ -46,24 +46,12 @@ PACKED = {
 }
 
 
-def proving(name):
-    shape, options = CASES[name]
-    asked = {
-        "linear products in the kernel": "decay" in shape,
-        "linear segments of time": "few" in name,
-        "linear normalize": "normalize" in options,
-        "linear causal=False": "causal" in options,
-    }
-    return pytest.param(name, marks=pytest.mark.proves(*(feature for feature in asked if asked[feature])))
-
-
-@pytest.mark.parametrize("name", [proving(name) for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_matches_oracle(name):
     shape, options = CASES[name]
     assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), "hopper", **options)
 
 
-@pytest.mark.proves("linear cu_seqlens")
 @pytest.mark.parametrize("name", PACKED)
 def test_packed(name):
     """Sequences of one token, of none, across chunks, and NaN behind the last."""
@@ -78,7 +66,6 @@ def test_packed(name):
     assert_matches_oracle(arrays, "hopper", attend, return_state=False, **options)
 
 
-@pytest.mark.proves("linear products in the kernel")
 def test_gives_the_same_bits_100_times():
     arrays = inputs(1, jnp.bfloat16, B=2, S=900, Hq=8, D=128, decay="token", state=True)
 
@@ -118,7 +105,6 @@ MASKED = {
 }
 
 
-@pytest.mark.proves("linear mask")
 @pytest.mark.parametrize("name", MASKED)
 def test_masked_matches_oracle(name):
     shape, options = MASKED[name]
@@ -128,7 +114,6 @@ def test_masked_matches_oracle(name):
     assert_matches_oracle(arrays, "hopper", **options)
 
 
-@pytest.mark.proves("linear mask")
 @pytest.mark.parametrize("D", [64, 128])
 def test_boolean_mask_in_float16(D):
     arrays = inputs(0, jnp.float16, B=2, S=400, Hq=2, D=D)
@@ -136,7 +121,6 @@ def test_boolean_mask_in_float16(D):
     assert_matches_oracle(arrays, "hopper")
 
 
-@pytest.mark.proves("linear mask")
 @pytest.mark.parametrize("D", [64, 128])
 def test_masked_gives_the_same_bits_but_for_dq(D):
     """dq is added up in whatever order CTAs come."""
@@ -155,7 +139,6 @@ def test_masked_gives_the_same_bits_but_for_dq(D):
         assert all(jnp.array_equal(grads[name], again[name]) for name in ("k", "v", "mask")), n
 
 
-@pytest.mark.proves("linear mask")
 def test_masked_stores_no_weights():
     """Temporary memory stays far below one number for each weight."""
     B, S, H = 4, 2048, 8

@@ -41,16 +41,7 @@ CASES = {
 BEHIND = (0, 3, 150)  # tokens, in turn
 
 
-pytestmark = pytest.mark.proves("row ends")
-WIDE, ALIBI = (pytest.mark.proves(x) for x in ("deterministic beyond D128", "alibi_slopes with packed sequences"))
-
-
-def proving(n, name):
-    marks = {"alibi": ALIBI, "deterministic_D256": WIDE}
-    return pytest.param(n, name, marks=marks.get(name, marks.get(name.split("_")[0], ())))
-
-
-@pytest.mark.parametrize(("n", "name"), [proving(*x) for x in enumerate(CASES)])
+@pytest.mark.parametrize(("n", "name"), enumerate(CASES))
 def test_matches_oracle(n, name):
     """One program for any lengths: they are arguments of a jitted function."""
     lengths, shape, options = CASES[name]
@@ -71,7 +62,7 @@ def test_matches_oracle(n, name):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize(("D", "tokens"), [(64, 700), (128, 640), (128, 701), pytest.param(256, 640, marks=WIDE)])
+@pytest.mark.parametrize(("D", "tokens"), [(64, 700), (128, 640), (128, 701), (256, 640)])
 def test_what_lies_behind_the_last_sequence_reaches_nothing(D, tokens, deterministic):
     """NaN there, in the cotangent too: the bits are those without, but in dQ, and there they are zeros."""
     cu, used = cu_seqlens(200, 0, 241), 441

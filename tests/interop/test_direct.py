@@ -30,7 +30,6 @@ from interop import (
     programs,
 )
 from interop.operands import Operands, Options
-from pallas_kernels import unproven
 from pallas_kernels.parts import ranges
 from tests.interop.cases import Recorded, by_definition, cotangent, qkv
 from tests.kernels.calls import identity, on_hopper
@@ -60,11 +59,6 @@ def no_device(monkeypatch):
     thread = SimpleNamespace(devices={None}, on=lambda device: contextlib.nullcontext())
     monkeypatch.setattr(direct, "_thread", thread)
     monkeypatch.setattr(direct, "_current_device", lambda: None)
-
-
-@pytest.fixture
-def all_proven(monkeypatch):
-    monkeypatch.setattr(unproven, "FEATURES", set())
 
 
 @pytest.fixture
@@ -297,7 +291,7 @@ def tables(kernel):
     return function
 
 
-def test_operations_on_integers(played, all_proven):
+def test_operations_on_integers(played):
     """The tables of 200 queries in 5 sequences, and of as many in none: torch has JAX's bits."""
     starts = torch.tensor([0, 7, 7, 90, 155, 190], dtype=torch.int32)
     given = torch.cat([key_ranges.packed(starts, starts + 30, 200, 40, 3), torch.full((1, 3, 200), -1)]).int()
@@ -319,15 +313,10 @@ OTHER_OPERATIONS = {
 
 
 @pytest.mark.parametrize("name", OTHER_OPERATIONS)
-def test_other_operations_are_refused(name, all_proven):
+def test_other_operations_are_refused(name):
     function, reason = OTHER_OPERATIONS[name]
     with pytest.raises(programs.Unsupported, match=reason):
         programs.lower(lambda x: [identity(function(x))], structs((2, 5), dtype=jnp.int32))
-
-
-def test_not_before_a_gpu_has_shown_it():
-    with pytest.raises(programs.Unsupported, match="not yet proven on a GPU"):
-        programs.lower(lambda x: [identity(x + 1)], structs((256,), dtype=jnp.int32))
 
 
 Q = jax.ShapeDtypeStruct((1, 512, 4, 128), jnp.bfloat16)
@@ -376,13 +365,13 @@ BRIDGED = {  # and the floating-point work that XLA does between the kernels
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_calls_that_torch_launches(name, all_proven):
+def test_calls_that_torch_launches(name):
     program = lower(*LAUNCHED[name])
     assert any(isinstance(step.run, programs.Kernel) for step in program.steps)
 
 
 @pytest.mark.parametrize("name", BRIDGED)
-def test_calls_that_stay_with_the_bridge(name, all_proven):
+def test_calls_that_stay_with_the_bridge(name):
     call, reason = BRIDGED[name]
     with pytest.raises(programs.Unsupported, match=reason):
         lower(*call)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from unittest import mock
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jflash import backends, flash_attention, flash_attention_varlen
-from pallas_kernels import _compat, hopper, unproven
+from pallas_kernels import _compat, hopper
 
 MASKED = dict(
     deterministic=True,
@@ -120,14 +119,9 @@ def packed(q, k, v, *, sequences: int, **options):
     return out[None], lse[None]
 
 
-@contextlib.contextmanager
-def on_hopper(*unproven_yet: str):
-    """A context in which calls think they will run on one, and that all else the kernels can do is proven."""
-    with (
-        mock.patch.object(backends, "target_of", return_value=hopper.TARGET),
-        mock.patch.object(unproven, "FEATURES", set(unproven_yet)),
-    ):
-        yield
+def on_hopper():
+    """A context in which calls think they will run on one."""
+    return mock.patch.object(backends, "target_of", return_value=hopper.TARGET)
 
 
 def identity(x):

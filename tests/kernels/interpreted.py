@@ -15,7 +15,7 @@ from tests.kernels.calls import on_hopper
 
 
 @contextlib.contextmanager
-def interpreted(*calls: tuple[ModuleType, str], unproven_yet: tuple[str, ...] = ()):
+def interpreted(*calls: tuple[ModuleType, str]):
     """The hopper backend runs, with these functions interpreted. Fails on a race, also where JAX only records it."""
     params = interpreter.params()
     interpreter.reset()
@@ -24,7 +24,7 @@ def interpreted(*calls: tuple[ModuleType, str], unproven_yet: tuple[str, ...] = 
         for module, name in calls:
             call = functools.partial(getattr(module, name), interpret=params)
             patches.enter_context(mock.patch.object(module, name, call))
-        patches.enter_context(on_hopper(*unproven_yet))
+        patches.enter_context(on_hopper())
         yield
     jax.clear_caches()
     assert not interpreter.found_races(), "the race detector found a race"

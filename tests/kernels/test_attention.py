@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflash import why_not
-from pallas_kernels import unproven
 from pallas_kernels.parts import schedule
 from tests.kernels.interpreted import hopper_on_the_cpu
 from tests.masks import blocks
@@ -107,14 +105,6 @@ SLOW |= {"deterministic_D192", "deterministic_D256_masked", "deterministic_D256_
 SLOW |= {"narrower_values", "window", "ragged_D64", "alibi_of_each_batch_D64", "deterministic_ragged"}
 
 
-GATED = {
-    "dropout": (64, DROPOUT),
-    "mask": (64, dict(mask=blocks(1, 1, 128, 128))),
-    "bias": (64, dict(bias=jnp.zeros((1, 1, 128, 1)))),
-    "deterministic beyond D128": (192, dict(deterministic=True)),
-}
-
-
 def case(name: str):
     return pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
 
@@ -124,25 +114,6 @@ def test_matches_oracle(name):
     shape, options = CASES[name]
     with hopper_on_the_cpu():
         assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), options, "hopper")
-
-
-@pytest.mark.skipif(OLD, reason="slow on this JAX")
-def test_segments_without_lists():
-    """As they are dispatched until the lists are proven on a GPU."""
-    shape, options = CASES["segments_D64"]
-    with hopper_on_the_cpu(), mock.patch.object(unproven, "FEATURES", {"segment skipping"}):
-        assert_matches_oracle(inputs(0, jnp.bfloat16, **shape), options, "hopper")
-
-
-@pytest.mark.parametrize("feature", GATED)
-def test_what_no_gpu_has_run_is_not_dispatched_to(feature):
-    D, options = GATED[feature]
-    q, k, v = (jax.ShapeDtypeStruct((1, 128, 1, D), jnp.bfloat16) for _ in range(3))
-    with mock.patch.object(unproven, "FEATURES", {feature}):
-        reason = why_not(q, k, v, implementation="hopper", direction="backward", target="sm_90", **options)
-    assert reason == f"{feature} is in the kernels, but not yet proven on a GPU"
-    with mock.patch.object(unproven, "FEATURES", set()):
-        assert why_not(q, k, v, implementation="hopper", direction="backward", target="sm_90", **options) is None
 
 
 @pytest.mark.skipif(OLD, reason="slow on this JAX")

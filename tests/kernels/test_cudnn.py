@@ -13,22 +13,17 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 
 import jflash
 from jflash import backends, flash_attention
-from pallas_kernels import unproven
 from tests.oracle import assert_matches_oracle, inputs
 
 SHAPE = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16)
 CALLS = {"full": {}, "causal": {"causal": True}, "window": {"window": (20, 0)}}
 
 
-def proven():
-    return mock.patch.object(unproven, "FEATURES", set())
-
-
 @contextlib.contextmanager
 def on(target: str):
-    """Calls think they will run on a GPU, and that cuDNN has been proven."""
+    """Calls think they will run on that GPU."""
     jax.clear_caches()
-    with mock.patch.object(backends, "target_of", return_value=target), proven():
+    with mock.patch.object(backends, "target_of", return_value=target):
         yield
     jax.clear_caches()
 
@@ -120,6 +115,8 @@ REASONS = {
     "window with left=9 needs right=0": {"window": (9, None)},
     "causal or window with Sq=128 and Sk=100 must be equal lengths": {"Sk": 100, "causal": True},
     "deterministic=True is not in cuDNN": {"deterministic": True},
+    "Sq=128 and Sk=101 must be even for JAX to differentiate cuDNN's attention": {"Sk": 101},
+    "Sq=99 and Sk=128 must be even for JAX to differentiate cuDNN's attention": {"Sq": 99},
     "softcap is not in cuDNN": {"softcap": 5.0},
     "bias is not in cuDNN": {"bias": jnp.zeros((128, 128))},
     "mask is not in cuDNN": {"mask": jnp.ones((128, 128), bool)},
@@ -130,10 +127,9 @@ REASONS = {
 }
 
 
-def why_not(*, D=64, Dv=None, Sk=128, dtype=jnp.bfloat16, target="sm_80", **options):
-    q, k, v = (jax.ShapeDtypeStruct((2, S, 4, d), dtype) for S, d in ((128, D), (Sk, D), (Sk, Dv or D)))
-    with proven():
-        return jflash.why_not(q, k, v, implementation="cudnn", direction="backward", target=target, **options)
+def why_not(*, D=64, Dv=None, Sq=128, Sk=128, dtype=jnp.bfloat16, direction="backward", target="sm_80", **options):
+    q, k, v = (jax.ShapeDtypeStruct((2, S, 4, d), dtype) for S, d in ((Sq, D), (Sk, D), (Sk, Dv or D)))
+    return jflash.why_not(q, k, v, implementation="cudnn", direction=direction, target=target, **options)
 
 
 @pytest.mark.parametrize("reason", REASONS)
@@ -144,10 +140,12 @@ def test_reasons(reason):
 def test_takes():
     assert why_not() is why_not(causal=True) is why_not(window=(9, 0)) is why_not(Sk=100) is None
     assert why_not(D=256, target="sm_120") is None
+    assert why_not(Sq=99, Sk=101, direction="forward") is None
 
 
 def test_other_gpus_use_it():
-    with proven():
-        assert "cudnn      forward   used" in jflash.explain(SHAPE, SHAPE, SHAPE, target="sm_80", causal=True)
-        assert "hopper     forward   used" in jflash.explain(SHAPE, SHAPE, SHAPE, target="sm_90", causal=True)
-        assert "xla        backward  used" in jflash.explain(SHAPE, SHAPE, SHAPE, target="sm_80", softcap=3.0)
+    assert "cudnn      forward   used" in jflash.explain(SHAPE, SHAPE, SHAPE, target="sm_80", causal=True)
+    assert "hopper     forward   used" in jflash.explain(SHAPE, SHAPE, SHAPE, target="sm_90", causal=True)
+    assert "xla        backward  used" in jflash.explain(SHAPE, SHAPE, SHAPE, target="sm_80", softcap=3.0)
+    odd = jax.ShapeDtypeStruct((2, 127, 4, 64), jnp.bfloat16)
+    assert "cudnn      forward   can, but only forward" in jflash.explain(odd, odd, odd, target="sm_80")

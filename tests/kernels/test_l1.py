@@ -36,12 +36,7 @@ CASES = {
         dict(sink=0.5, kind="reciprocal", eps=0.5),
     ),
 }
-UNPROVEN = ("L1 crossed rows", "L1 paired lanes", "L1 packed backward")
 QUICK = {"full", "causal", "grouped", "bfloat16"}
-
-
-def on_the_cpu(*unproven_yet):
-    return interpreted((l1_forward, "l1_forward"), (l1_backward, "l1_backward"), unproven_yet=unproven_yet)
 
 
 @pytest.mark.skipif(OLD, reason="takes minutes on this JAX")
@@ -49,21 +44,9 @@ def on_the_cpu(*unproven_yet):
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_matches_oracle(name):
-    assert_matches_oracle(name, *UNPROVEN)
-
-
-@pytest.mark.skipif(OLD, reason="takes minutes on this JAX")
-@pytest.mark.parametrize(
-    "name", ["bfloat16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "odd"))]
-)
-def test_unproven_matches_oracle(name):
-    assert_matches_oracle(name)
-
-
-def assert_matches_oracle(name, *unproven_yet):
     shape, options = CASES[name]
     attend = functools.partial(l1_attention, **options, return_lse=True)
-    with on_the_cpu(*unproven_yet):
+    with interpreted((l1_forward, "l1_forward"), (l1_backward, "l1_backward")):
         assert_same(
             lambda arrays: attend(**arrays, implementation="hopper"),
             lambda arrays: attend(**arrays, implementation="reference"),
@@ -107,18 +90,9 @@ def shapes(*, D: int, S=1024, Hk=None, dtype=jnp.float32):
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_lowers(name):
-    assert_lowers(name, *UNPROVEN)
-
-
-@pytest.mark.parametrize("name", ["D64", "D128_bfloat16"])
-def test_unproven_lowers(name):
-    assert_lowers(name)
-
-
-def assert_lowers(name, *unproven_yet):
     shape, options = COMPILED[name]
     jax.clear_caches()
-    with on_hopper(*unproven_yet):
+    with on_hopper():
         text = jax.jit(forward_and_backward(options)).trace(*shapes(**shape)).lower(lowering_platforms=("cuda",))
     assert text.as_text().count("custom_call @mosaic_gpu") == 3  # forward, dq, dk and dv
 
@@ -126,20 +100,10 @@ def assert_lowers(name, *unproven_yet):
 @pytest.mark.compile
 @pytest.mark.parametrize("name", COMPILED)
 def test_ptxas_has_no_complaint(name):
-    assert_ptxas_has_no_complaint(name, *UNPROVEN)
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("name", COMPILED)
-def test_ptxas_has_no_complaint_of_the_unproven(name):
-    assert_ptxas_has_no_complaint(name)
-
-
-def assert_ptxas_has_no_complaint(name, *unproven_yet):
     shape, options = COMPILED[name]
     arrays = shapes(**shape)
     jax.clear_caches()
-    with on_hopper(*unproven_yet):
+    with on_hopper():
         _, kernels = compile_for_h100(forward_and_backward(options), *arrays)
         p, _ = bind(*arrays[0], target="sm_90", **options)
         forward, backward = l1_tiles.forward_tile(p).spill_bytes, l1_tiles.backward_tile(p).spill_bytes

@@ -22,9 +22,8 @@ from tests.kernels.interpreted import interpreted
 from tests.linear.rule import assert_matches_oracle, inputs
 
 
-def on_the_cpu(multiplies=True):
-    unproven_yet = () if multiplies else ("linear products in the kernel",)
-    return interpreted((linear_calls, "forward"), (linear_calls, "backward"), unproven_yet=unproven_yet)
+def on_the_cpu():
+    return interpreted((linear_calls, "forward"), (linear_calls, "backward"))
 
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -64,7 +63,7 @@ PACKED = {
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in CASES])
 def test_matches_oracle(name):
     shape, options = CASES[name]
-    with on_the_cpu(multiplies=name != "head"):
+    with on_the_cpu():
         assert_matches_oracle(inputs(0, jnp.bfloat16, **{"B": 1, "Hq": 1, **shape}), "hopper", **options)
 
 
@@ -99,7 +98,7 @@ def test_packed(name):
 def test_segments_of_time(shape, options):
     arrays = inputs(2, jnp.bfloat16, **{"B": 1, "Hq": 1, "S": 256, "D": 64, **shape})
     small = mock.patch.object(linear_split, "_SHORTEST", 2), mock.patch.object(linear_split, "SMS", 4)
-    with small[0], small[1], on_the_cpu(multiplies="Hq" not in shape or shape["Hq"] != 4):
+    with small[0], small[1], on_the_cpu():
         assert_matches_oracle(arrays, "hopper", **options)
 
 
@@ -129,9 +128,6 @@ def test_every_column_of_v_has_a_consumer():
         (dict(chunk_size=128), "chunk_size=128"),
         (dict(sequences=2), "return_state with cu_seqlens"),
         (dict(sequences=2, initial_state=True, final_state=False), "initial_state with cu_seqlens"),
-        (dict(sequences=2, final_state=False), "cu_seqlens is in the kernels, but not yet proven"),
-        (dict(normalize=True), "normalize is in the kernels, but not yet proven"),
-        (dict(after=True), "causal=False is in the kernels, but not yet proven"),
         (dict(scale=0.0), "scale=0.0"),
     ],
     ids=str,

@@ -13,7 +13,6 @@ from jflash import _key_ranges, flash_attention_varlen
 from jflash._arguments import bind
 from pallas_kernels.hopper import attention_forward
 from pallas_kernels.parts import ranges, schedule
-from tests.kernels.calls import on_hopper
 from tests.kernels.interpreted import hopper_on_the_cpu
 from tests.kernels.test_attention import OLD
 from tests.masks import blocks
@@ -59,13 +58,6 @@ def test_matches_oracle(name):
 def test_a_cta_takes_several_tiles():
     with mock.patch.object(schedule, "SMS", 2):
         _assert_matches_oracle("causal")
-
-
-def test_alibi_is_not_dispatched_to():
-    q, cu = jax.ShapeDtypeStruct((64, 1, 64), jnp.bfloat16), np.array([0, 64], np.int32)
-    call = functools.partial(flash_attention_varlen, cu_seqlens_q=cu, cu_seqlens_k=cu, implementation="hopper")
-    with on_hopper("alibi_slopes with packed sequences"), pytest.raises(NotImplementedError, match="not yet proven"):
-        jax.eval_shape(functools.partial(call, alibi_slopes=jnp.ones(1)), q, q, q)
 
 
 def _assert_matches_oracle(name):

@@ -75,7 +75,6 @@ def test_the_others_take_everything(name, feature):
 
 
 CAN, USED = "can, but a faster backend is used", "used"
-CUDNN = "no: cudnn is in jflash, but not yet proven on a GPU"
 
 
 def table(**verdicts: tuple[str, str]) -> str:
@@ -115,7 +114,7 @@ def test_the_first_that_can_do_both_directions_is_used(first, chosen, verdicts):
 
 def test_explain_where_hopper_is_used():
     found = explain(*qkv(), target="sm_90", causal=True)
-    assert found == table(hopper=(USED, USED), cudnn=(CUDNN, CUDNN), xla=(CAN, CAN), reference=(CAN, CAN))
+    assert found == table(hopper=(USED, USED), cudnn=(CAN, CAN), xla=(CAN, CAN), reference=(CAN, CAN))
 
 
 def test_explain_here():

@@ -15,7 +15,6 @@ from jflash import (
     flash_attention_varlen_kvpacked,
     flash_attention_varlen_qkvpacked,
 )
-from pallas_kernels import unproven
 from tests.parity.cases import booleans, normal, outputs_and_gradients, segments, slopes
 from tests.varlen.rule import assert_follows, by_sequence, cu_seqlens, packed
 
@@ -133,10 +132,8 @@ def test_lengths_are_known_at_run_time():
     assert run._cache_size() == 1
 
 
-@pytest.mark.parametrize("features", [unproven.FEATURES, set()], ids=["cleared ahead", "told to the backend"])
-def test_tokens_behind_the_last_sequence_are_not_read(features, monkeypatch):
+def test_tokens_behind_the_last_sequence_are_not_read():
     """NaN there reaches nothing, not even a gradient."""
-    monkeypatch.setattr(unproven, "FEATURES", features)
     cu, arrays = cu_seqlens(23, 10), packed(12, Tq=40)
     poisoned = {name: x.at[33:].set(jnp.nan) for name, x in arrays.items()}
     attend = lambda a: flash_attention_varlen(**a, cu_seqlens_q=cu, cu_seqlens_k=cu, causal=True)  # noqa: E731
