@@ -18,8 +18,6 @@ class L1ForwardTile:
     stages: int = 2
     registers: int = 240  # of a consumer
     producer_registers: int = 24
-    crossed: bool = False  # the features of q, see `swizzled_rows`
-    paired: bool = False  # lanes in float32, see `swizzled_rows`
     spill_bytes: int = 0  # none of it inside the loops over features
 
     @property
@@ -36,8 +34,6 @@ class L1BackwardTile:
     stages: int = 1
     registers: int = 240  # of a consumer
     producer_registers: int = 24
-    crossed: bool = False  # the features of the rows that stay, see `swizzled_rows`
-    paired: bool = False  # lanes in float32, see `swizzled_rows`
     packed: bool = False  # bfloat16 two at a time, see `l1_maxima` and `l1_signs`, else all in float32
     spill_bytes: int = 0  # none of it inside the loops over features
 
@@ -46,34 +42,39 @@ class L1BackwardTile:
         return 64 * self.warpgroups
 
 
-# ms on an H100 80GB HBM3, 2026-11-22: head dim 64 with B1 H16 S4096, 128 with B1 H8 S2048. None is crossed or paired.
+# ms on an H100 80GB HBM3, 2026-11-22: head dim 64 with B1 H16 S4096, 128 with B1 H8 S2048. What comes after "before"
+# was measured before features were crossed (`swizzled_rows`).
 FORWARD = {
-    # float32 1.72; two stages 1.76, block_kv=128 1.78
-    64: L1ForwardTile(64, halves=2, stages=1, crossed=True),
-    # float32 0.51; one warpgroup 1.26
-    128: L1ForwardTile(64, stages=1, crossed=True, paired=True, spill_bytes=160),
+    # float32 1.70; before 1.72, two stages 1.76, block_kv=128 1.78
+    64: L1ForwardTile(64, halves=2, stages=1),
+    # float32 0.51; before 0.51, one warpgroup 1.26
+    128: L1ForwardTile(64, stages=1, spill_bytes=148),
 }
 PACKED_FORWARD = {
-    64: L1ForwardTile(64, halves=2, stages=3, crossed=True),  # bfloat16 1.16; two stages 1.23, block_kv=128 1.24
-    128: L1ForwardTile(128, stages=1, crossed=True),  # bfloat16 0.34; block_kv=64 0.35
+    # bfloat16 1.06; before 1.16, two stages 1.23, block_kv=128 1.24
+    64: L1ForwardTile(64, halves=2, stages=3),
+    # bfloat16 0.28; before 0.30, block_kv=64 0.35
+    128: L1ForwardTile(128, stages=1),
 }
 
 # dQ, then dK and dV.
 FLOAT32_BACKWARD = {
-    # 3.87 + 4.50; one stage 4.15 + 4.71, one warpgroup 4.40 + 4.87
-    64: L1BackwardTile(stages=2, crossed=True, paired=True, spill_bytes=16),
-    # 1.27 + 2.55; more does not fit the shared memory
-    128: L1BackwardTile(warpgroups=1, crossed=True, paired=True, spill_bytes=1400),
+    # 3.78 + 4.18; before 3.90 + 4.37, one stage 4.15 + 4.71, one warpgroup 4.40 + 4.87
+    64: L1BackwardTile(stages=2, spill_bytes=16),
+    # 1.20 + 2.46; before 1.26 + 2.54. More does not fit the shared memory
+    128: L1BackwardTile(warpgroups=1, spill_bytes=1348),
 }
-BACKWARD = {
-    # 3.84 + 4.04; two stages 3.92 + 4.20, one warpgroup 4.40 + 4.44
-    64: L1BackwardTile(crossed=True, paired=True, spill_bytes=16),
-    # 0.95 + 1.27; one warpgroup 1.05 + 1.78
-    128: L1BackwardTile(crossed=True, paired=True, spill_bytes=720),
+BACKWARD = {  # float16, and where distances are to be subtracted
+    # bfloat16 3.72 + 3.90; before 3.84 + 4.04, two stages 3.92 + 4.20, one warpgroup 4.40 + 4.44
+    64: L1BackwardTile(),
+    # bfloat16 before 0.95 + 1.27, one warpgroup 1.05 + 1.78
+    128: L1BackwardTile(spill_bytes=708),
 }
-PACKED_BACKWARD = {  # not measured yet
-    64: L1BackwardTile(packed=True, crossed=True),
-    128: L1BackwardTile(packed=True, crossed=True, spill_bytes=640),
+PACKED_BACKWARD = {
+    # 2.37 + 2.48; one stage 2.53 + 2.63, before 2.65 + 2.74, three warpgroups 2.66 + 3.27
+    64: L1BackwardTile(packed=True, stages=2),
+    # 0.66 + 0.90; one warpgroup 0.79 + 1.26
+    128: L1BackwardTile(packed=True, spill_bytes=612),
 }
 
 

@@ -136,7 +136,7 @@ def l1_forward(
     plan = make_plan(p, tile or l1_tiles.forward_tile(p), interpret)
     t = plan.tile
     inputs = {
-        "q_gmem": plan.q.fit(a.q, t.rows),
+        "q_gmem": swizzled_rows.crossed(plan.q.fit(a.q, t.rows)),
         "k_gmem": plan.k.fit(a.k, t.block_kv),
         "v_gmem": tma.fit(split.in_memory(a.v, plan.parts), t.block_kv),
         **query_rows.inputs(p, a, t.rows, t.block_kv),
@@ -144,8 +144,6 @@ def l1_forward(
     if plan.packed:
         inputs["q_sums_gmem"] = l1_maxima.row_sums(a.q, plan.schedule.blocks * t.rows)
         inputs["k_sums_gmem"] = l1_maxima.row_sums(a.k, -(-p.Sk // t.block_kv) * t.block_kv)
-    if t.crossed:
-        inputs["q_gmem"] = swizzled_rows.crossed(inputs["q_gmem"], 4 // plan.q.dtype.itemsize)
     if a.sinks is not None:
         inputs["sinks_gmem"] = a.sinks.astype(jnp.float32) * softmax.LOG2E
     columns = tma.fitted(p.Dv)
@@ -296,9 +294,9 @@ def _step(plan: Plan, refs: Refs, first, rows: list[QueryRows], step, carry: lis
 def _negative_distances(plan: Plan, refs: Refs, first, slot) -> list[jax.Array]:
     """-d of the rows of tiles first, first + 1, ... of a consumer and a block of keys, each [64, block_kv]."""
     count = plan.tile.halves
-    operands = (refs.q_smem, first, count, refs.k_smem, slot, plan.interpret, plan.tile.crossed)
+    operands = (refs.q_smem, first, count, refs.k_smem, slot, plan.interpret)
     if not plan.packed:
-        return l1_distances.negative_distances(*operands, plan.tile.paired)
+        return l1_distances.negative_distances(*operands)
     maxima = l1_maxima.sums_of_maxima(*operands)
     k_sums = _compat.load(refs.k_sums_smem.at[slot], masking.COLUMNS)
     q_sums = [_compat.load(refs.q_sums_smem.at[first + n], softmax.ROWS) for n in range(count)]

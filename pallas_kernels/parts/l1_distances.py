@@ -20,39 +20,32 @@ from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import math as math_dialect
 
 from pallas_kernels._compat import Interpret
-from pallas_kernels.parts import ptx, swizzled_rows, wgmma_layout
+from pallas_kernels.parts import swizzled_rows, wgmma_layout
 from pallas_kernels.parts.swizzled_rows import TRANSFORMS, UNITS, over
 from pallas_kernels.parts.wgmma_layout import integer
 
 
-def negative_distances(
-    x_ref, first, count: int, y_ref, n, interpret: Interpret, is_crossed: bool = False, is_paired: bool = False
-) -> list[jax.Array]:
+def negative_distances(x_ref, first, count: int, y_ref, n, interpret: Interpret) -> list[jax.Array]:
     """-sum_w |x_iw - y_jw| for the rows i of tiles first, first + 1, ... of x, and j of tile n of y.
 
-    x has tiles of 64 rows, float32, see `swizzled_rows`, maybe `crossed`. Returns `count` arrays float32
-    [64, rows of y]. Paired, lanes find each other's sums (`swizzled_rows.paired`) and exchange them at the end.
+    x has tiles of 64 rows, float32, see `swizzled_rows`, `crossed`. Returns `count` arrays float32 [64, rows of y].
     """
     columns = y_ref.shape[2]
     if interpret is not None:
-        x, y = swizzled_rows.values(x_ref, first, count), swizzled_rows.values(y_ref, n, 1)
-        x = swizzled_rows.crossed(x) if is_crossed else x
+        x, y = swizzled_rows.values(x_ref, first, count, is_crossed=True), swizzled_rows.values(y_ref, n, 1)
         d = -jnp.abs(x[:, None] - y[None]).sum(axis=-1)
         return [d[64 * m : 64 * (m + 1)] for m in range(count)]
     tile = plgpu.ShapeDtypeStruct((64, columns), jnp.float32, plgpu.Layout.WGMMA)
     rows = plgpu.RefType(TRANSFORMS)
     call = plgpu.inline_mgpu(arg_types=(rows,) * (count + 1), return_type=[tile] * count)
-    return call(functools.partial(_distances, columns, is_crossed, is_paired))(
-        y_ref.at[n], *(x_ref.at[first + m] for m in range(count))
-    )
+    return call(functools.partial(_distances, columns))(y_ref.at[n], *(x_ref.at[first + m] for m in range(count)))
 
 
-def _distances(columns: int, is_crossed: bool, is_paired: bool, _, y_ref, *x_refs):
+def _distances(columns: int, _, y_ref, *x_refs):
     """A loop over reads of four features; the sums of a thread go round with it."""
     warp, lane = swizzled_rows.thread()
-    eighth, fourth = swizzled_rows.paired(lane, 4) if is_paired else (over(lane, 4), arith.remui(lane, integer(4)))
-    row = arith.addi(arith.muli(warp, integer(16)), eighth)
-    column = arith.muli(fourth, integer(2))
+    row = arith.addi(arith.muli(warp, integer(16)), over(lane, 4))
+    column = arith.muli(arith.remui(lane, integer(4)), integer(2))
     zero = [wgmma_layout.real(0.0)] * (columns // 2)
     units = ir.MemRefType(y_ref.type).shape[0] * UNITS
 
@@ -61,7 +54,7 @@ def _distances(columns: int, is_crossed: bool, is_paired: bool, _, y_ref, *x_ref
         place = over(n, UNITS), arith.remui(n, integer(UNITS))
         starts = [_pointer(x, row, place) for x in x_refs]
         near = [
-            [swizzled_rows.read(swizzled_rows.below(start, 8 * r), None, is_crossed) for r in range(2)]
+            [swizzled_rows.read(swizzled_rows.below(start, 8 * r), is_crossed=True) for r in range(2)]
             for start in starts
         ]
         ends = [_pointer(y_ref, arith.addi(column, integer(e)), place) for e in range(2)]
@@ -73,23 +66,9 @@ def _distances(columns: int, is_crossed: bool, is_paired: bool, _, y_ref, *x_ref
         return sums
 
     def tile(total):
-        total = _exchanged(total, lane) if is_paired else total
         return wgmma_layout.tile((64, columns), lambda _, e, c, r: total[4 * (c // 8) + 2 * r + e])
 
     return [tile(total) for total in done.results]
-
-
-def _exchanged(sums: list[ir.Value], lane) -> list[ir.Value]:
-    """From the lane whose `paired` row is this lane's over 4, and whose column is its remainder."""
-    row, column = over(lane, 4), arith.remui(lane, integer(4))
-    source = arith.addi(arith.muli(over(row, 2), integer(8)), arith.muli(column, integer(2)))
-    source = arith.addi(source, arith.remui(row, integer(2)))
-    return [_of_lane(source, x) for x in sums]
-
-
-def _of_lane(source, x: ir.Value) -> ir.Value:
-    text = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
-    return ptx.result(ir.F32Type.get(), text, [x, source], "=f,f,r", stays=True)
 
 
 def _pointer(ref, row, place):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 # inline_mgpu supplies the first argument of what it decorates.
 # pyright: reportCallIssue=false
-import functools
 import itertools
 
 import jax
@@ -45,25 +44,13 @@ def start(columns: int) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((64, columns), jnp.float32), WGMMA)
 
 
-def add(
-    sums: jax.Array,
-    ds: jax.Array,
-    memory,
-    x_ref,
-    m,
-    y_ref,
-    n,
-    interpret: Interpret,
-    is_crossed: bool = False,
-    is_paired: bool = False,
-) -> jax.Array:
+def add(sums: jax.Array, ds: jax.Array, memory, x_ref, m, y_ref, n, interpret: Interpret) -> jax.Array:
     """Adds ds [64, rows of y] times half of sign + 1, over the rows of tile n of y, for tile m of x.
 
-    Both are tiles of `swizzled_rows`, x of 64 rows, maybe `crossed`; lanes maybe `paired`.
+    Both are tiles of `swizzled_rows`, x of 64 rows, `crossed`.
     """
     if interpret is not None:
-        x, y = swizzled_rows.values(x_ref, m, 1), swizzled_rows.values(y_ref, n, 1)
-        x = swizzled_rows.crossed(x) if is_crossed else x
+        x, y = swizzled_rows.values(x_ref, m, 1, is_crossed=True), swizzled_rows.values(y_ref, n, 1)
         half = 0.5 * (1 + jnp.sign(x[:, None] - y[None]))
         return sums + (ds[:, :, None] * half).sum(axis=1)
     rows = plgpu.RefType(TRANSFORMS)
@@ -71,12 +58,10 @@ def add(
         arg_types=(WGMMA, WGMMA, plgpu.RefType(), rows, rows),
         return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, WGMMA),
     )
-    return call(functools.partial(_add, is_crossed, is_paired))(sums, ds, memory, x_ref.at[m], y_ref.at[n])
+    return call(_add)(sums, ds, memory, x_ref.at[m], y_ref.at[n])
 
 
-def finish(
-    sums: jax.Array, ds_sums: jax.Array, factor: float, memory, x_ref, m, interpret: Interpret, is_paired: bool = False
-) -> None:
+def finish(sums: jax.Array, ds_sums: jax.Array, factor: float, memory, x_ref, m, interpret: Interpret) -> None:
     """Tile m of x becomes factor * sum_j ds_ij sign(x_iw - y_jw); ds_sums [64] is sum_j ds_ij."""
     if interpret is not None:
         _, chunks, rows, width = x_ref.shape
@@ -86,15 +71,15 @@ def finish(
     memory[0] = ds_sums
     plgpu.commit_smem()
     call = plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(), plgpu.RefType(TRANSFORMS)))
-    call(lambda _, sums, memory, x_ref: _finish(factor, is_paired, sums, memory, x_ref))(sums, memory, x_ref.at[m])
+    call(lambda _, sums, memory, x_ref: _finish(factor, sums, memory, x_ref))(sums, memory, x_ref.at[m])
 
 
-def _add(is_crossed: bool, is_paired: bool, _, sums, ds, memory, x_ref, y_ref):
+def _add(_, sums, ds, memory, x_ref, y_ref):
     columns, chunks = ds.shape[1], ir.MemRefType(x_ref.type).shape[0]
     _write(ds, memory)
-    row, four = _place(is_paired)
+    row, four = _place()
     x = [
-        [swizzled_rows.read(_pointer(x_ref, c, row, i, four), None, is_crossed) for i in range(_ROWS)]
+        [swizzled_rows.read(_pointer(x_ref, c, row, i, four), is_crossed=True) for i in range(_ROWS)]
         for c in range(chunks)
     ]
     ds_start = swizzled_rows.moved(utils.memref_ptr(memory), arith.muli(row, integer(4)))
@@ -139,8 +124,8 @@ def _write(ds, memory) -> None:
     utils.warp_barrier()
 
 
-def _finish(factor: float, is_paired: bool, sums, memory, x_ref) -> None:
-    row, four = _place(is_paired)
+def _finish(factor: float, sums, memory, x_ref) -> None:
+    row, four = _place()
     less = swizzled_rows.read(swizzled_rows.moved(utils.memref_ptr(memory), arith.muli(row, integer(4))))
     flat = wgmma_layout.scalars(sums)
     quad = ir.VectorType.get((FOUR,), ir.F32Type.get())
@@ -152,11 +137,11 @@ def _finish(factor: float, is_paired: bool, sums, memory, x_ref) -> None:
             llvm.store(vector.from_elements(quad, result), _pointer(x_ref, c, row, i, four), alignment=4 * FOUR)
 
 
-def _place(is_paired: bool):
+def _place():
     """The first of a thread's rows, and which four features of a chunk it has."""
     warp, lane = swizzled_rows.thread()
-    fourth, four = swizzled_rows.paired(lane, 8) if is_paired else (over(lane, 8), arith.remui(lane, integer(8)))
-    return arith.addi(arith.muli(warp, integer(16)), arith.muli(fourth, integer(_ROWS))), four
+    row = arith.addi(arith.muli(warp, integer(16)), arith.muli(over(lane, 8), integer(_ROWS)))
+    return row, arith.remui(lane, integer(8))
 
 
 def _pointer(ref, chunk: int, row, i: int, four):

@@ -30,24 +30,21 @@ from pallas_kernels.parts.wgmma_layout import integer
 _PTX = {"bfloat16": ("bf16", 0x3F803F80), "float16": ("f16", 0x3C003C00)}  # the type, and two ones
 
 
-def sums_of_maxima(
-    x_ref, first, count: int, y_ref, n, interpret: Interpret, is_crossed: bool = False
-) -> list[jax.Array]:
+def sums_of_maxima(x_ref, first, count: int, y_ref, n, interpret: Interpret) -> list[jax.Array]:
     """sum_w max(x_iw, y_jw) for the rows i of tiles first, first + 1, ... of x, and j of tile n of y.
 
-    Both in one 16-bit dtype, see `swizzled_rows`, x in tiles of 64 rows, maybe `crossed`. Returns `count` arrays
-    float32 [64, rows of y].
+    Both in one 16-bit dtype, see `swizzled_rows`, x in tiles of 64 rows, `crossed`. Returns `count` arrays float32
+    [64, rows of y].
     """
     columns = y_ref.shape[2]
     if interpret is not None:
-        x, y = swizzled_rows.values(x_ref, first, count), swizzled_rows.values(y_ref, n, 1)
-        x = swizzled_rows.crossed(x, 2) if is_crossed else x
+        x, y = swizzled_rows.values(x_ref, first, count, is_crossed=True), swizzled_rows.values(y_ref, n, 1)
         m = jnp.maximum(x[:, None], y[None]).sum(axis=-1)
         return [m[64 * t : 64 * (t + 1)] for t in range(count)]
     tile = plgpu.ShapeDtypeStruct((64, columns), jnp.float32, plgpu.Layout.WGMMA)
     rows = plgpu.RefType(TRANSFORMS)
     call = plgpu.inline_mgpu(arg_types=(rows,) * (count + 1), return_type=[tile] * count)
-    form = functools.partial(_sums, columns, jnp.dtype(y_ref.dtype).name, is_crossed)
+    form = functools.partial(_sums, columns, jnp.dtype(y_ref.dtype).name)
     return call(form)(y_ref.at[n], *(x_ref.at[first + m] for m in range(count)))
 
 
@@ -62,7 +59,7 @@ def row_sums(x: jax.Array, length: int) -> jax.Array:
     return jnp.pad(total, ((0, 0), (0, 0), (0, length - x.shape[1])))
 
 
-def _sums(columns: int, dtype: str, is_crossed: bool, _, y_ref, *x_refs):
+def _sums(columns: int, dtype: str, _, y_ref, *x_refs):
     """A loop over 32 features, eight for a thread; the sums go round with it.
 
     Rows of y come in the order 0, 8, 16, ..., 1, 9, ...: the next one adds to another accumulator.
@@ -77,7 +74,7 @@ def _sums(columns: int, dtype: str, is_crossed: bool, _, y_ref, *x_refs):
         unit = arith.addi(arith.muli(arith.remui(step, integer(2)), integer(4)), arith.remui(lane, integer(4)))
         place = functools.partial(swizzled_rows.pointer, chunk=over(step, 2), unit=unit)
         starts = [place(x, row=row) for x in x_refs]
-        near = [[_read(swizzled_rows.below(start, 8 * r), is_crossed) for r in range(2)] for start in starts]
+        near = [[_read(swizzled_rows.below(start, 8 * r), is_crossed=True) for r in range(2)] for start in starts]
         for n in range(8):
             start = place(y_ref, row=integer(n))
             for j in range(columns // 8):

@@ -62,8 +62,7 @@ class Rows:
     def inputs(self, still: jax.Array, passing: jax.Array) -> dict[str, jax.Array]:
         """The arrays for two of [B, S, H, D]."""
         t = self.tile
-        x, y = self.still.fit(still, t.rows), self.passing.fit(passing, t.block)
-        x = swizzled_rows.crossed(x, 4 // x.dtype.itemsize) if t.crossed else x
+        x, y = swizzled_rows.crossed(self.still.fit(still, t.rows)), self.passing.fit(passing, t.block)
         if not t.packed:
             return {"still_gmem": x, "passing_gmem": y}
         return {
@@ -116,9 +115,9 @@ class Rows:
 
     def negative_distances(self, refs, wg, slot) -> jax.Array:
         """-d [64, block] of a consumer's rows and those in a slot."""
-        operands = (refs.still_smem, wg, 1, refs.passing_smem, slot, self.interpret, self.tile.crossed)
+        operands = (refs.still_smem, wg, 1, refs.passing_smem, slot, self.interpret)
         if not self.tile.packed:
-            return l1_distances.negative_distances(*operands, self.tile.paired)[0]
+            return l1_distances.negative_distances(*operands)[0]
         (maxima,) = l1_maxima.sums_of_maxima(*operands)
         x_sums = _compat.load(refs.still_sums_smem.at[wg], softmax.ROWS)
         y_sums = _compat.load(refs.passing_sums_smem.at[slot], masking.COLUMNS)
@@ -132,8 +131,7 @@ class Rows:
         """Adds what ds [64, block] gives."""
         if not self.tile.packed:
             x, y = (refs.still_smem, wg), (refs.passing_smem, slot)
-            how = self.interpret, self.tile.crossed, self.tile.paired
-            d = l1_gradients.add(sums.d, ds, refs.ds_smem.at[wg], *x, *y, *how)
+            d = l1_gradients.add(sums.d, ds, refs.ds_smem.at[wg], *x, *y, self.interpret)
             return Sums(d, sums.ds + ds.sum(axis=1))
         rounded = ds.astype(jnp.bfloat16)
         x, y = (refs.still_signs_smem, wg), (refs.passing_signs_smem, slot)
@@ -142,11 +140,8 @@ class Rows:
 
     def finish(self, refs, sums: Sums, factor: float, wg) -> None:
         """Tile wg of `out_smem` becomes factor * sum_j ds_ij sign(x_iw - y_jw)."""
-        out = refs.ds_smem.at[wg], self.out_smem(refs), wg, self.interpret
-        if self.tile.packed:
-            l1_signs.finish(sums.d, sums.ds, factor, *out)
-        else:
-            l1_gradients.finish(sums.d, sums.ds, factor, *out, self.tile.paired)
+        finish = l1_signs.finish if self.tile.packed else l1_gradients.finish
+        finish(sums.d, sums.ds, factor, refs.ds_smem.at[wg], self.out_smem(refs), wg, self.interpret)
 
     def out_smem(self, refs):
         return refs.still_signs_smem if self.tile.packed else refs.still_smem

@@ -84,18 +84,19 @@ class RowsType:
         return jnp.pad(x.astype(self.dtype), pad)
 
 
-def crossed(x: jax.Array, together: int = 1) -> jax.Array:
-    """Columns 1, 0, 3, 2, ... of x, or as many `together` as fill a register in place of one.
+def crossed(x: jax.Array) -> jax.Array:
+    """Columns 1, 0, 3, 2, ... of x, or as many at once as fill a register in place of one.
 
     Even and odd registers lie in two banks, and 16 bytes are read into four in order. So the same columns of two rows
     lie in one bank, and an instruction on both waits for it, unless one of the rows is crossed.
     """
-    return x.reshape(*x.shape[:-1], -1, 2, together)[..., ::-1, :].reshape(x.shape)
+    return x.reshape(*x.shape[:-1], -1, 2, 4 // x.dtype.itemsize)[..., ::-1, :].reshape(x.shape)
 
 
-def values(ref: Any, n, count: int) -> jax.Array:
-    """Tiles n to n + count as float32 [count rows, columns], for the interpreter."""
-    x = ref[pl.ds(n, count)].astype(jnp.float32)
+def values(ref: Any, n, count: int, is_crossed: bool = False) -> jax.Array:
+    """Tiles n to n + count as float32 [count rows, columns], for the interpreter; in order as `read` does it."""
+    x = ref[pl.ds(n, count)]
+    x = (crossed(x) if is_crossed else x).astype(jnp.float32)
     return jnp.swapaxes(x, 1, 2).reshape(count * x.shape[2], -1)
 
 
@@ -116,17 +117,6 @@ def thread() -> tuple[ir.Value, ir.Value]:
     """The number of a thread's warp in its warpgroup, and its own in the warp."""
     index = arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x))
     return over(arith.remui(index, integer(128)), 32), arith.remui(index, integer(32))
-
-
-def paired(lane: ir.Value, columns: int) -> tuple[ir.Value, ir.Value]:
-    """Row and column of a lane in a warp of 32 / columns x columns, neighbours of which read alike.
-
-    What has 16 bytes for each of 32 lanes takes four clocks; two, if lanes n and n ^ 1, or n and n ^ 2, read the same.
-    Here that is so for reads by column, n and n ^ 1, and for reads by row, n and n ^ 2.
-    """
-    odd, rest = arith.remui(lane, integer(2)), over(lane, 2)
-    row = arith.addi(odd, arith.muli(over(rest, columns), integer(2)))
-    return row, arith.remui(rest, integer(columns))
 
 
 def pointer(ref, chunk, row, unit) -> ir.Value:

@@ -71,6 +71,7 @@ COMPILED = {
     "D128_ragged": (dict(D=128, S=1001), dict(causal=True)),
     "D40_reciprocal": (dict(D=40, S=333), dict(kind="reciprocal")),
     "D128_bfloat16": (dict(D=128, dtype=jnp.bfloat16, S=1001), dict(causal=True)),
+    "D128_float16": (dict(D=128, dtype=jnp.float16, S=1001), dict(causal=True)),
 }
 
 

@@ -28,43 +28,40 @@ def gradient(x, y, ds) -> np.ndarray:
     return FACTOR * (wide(ds)[:, :, None] * np.sign(wide(x)[:, None] - wide(y)[None])).sum(axis=1)
 
 
-def crossed(x: np.ndarray, is_crossed: bool) -> np.ndarray:
-    return np.asarray(swizzled_rows.crossed(jnp.asarray(x), 4 // x.itemsize)) if is_crossed else x
+def crossed(x: np.ndarray) -> np.ndarray:
+    return np.asarray(swizzled_rows.crossed(jnp.asarray(x)))
 
 
-@pytest.mark.parametrize(("is_crossed", "is_paired"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("head_dim", [32, 64])
-def test_distances(head_dim, is_crossed, is_paired):
+def test_distances(head_dim):
     x, y, memory = [rows(1, head_dim), rows(2, head_dim)], rows(3, head_dim), threads.Memory()
     with threads.running(memory):
-        tiles = [memory.tile(crossed(each, is_crossed)) for each in x]
-        found = l1_distances._distances(64, is_crossed, is_paired, None, memory.tile(y), *tiles)
+        tiles = [memory.tile(crossed(each)) for each in x]
+        found = l1_distances._distances(64, None, memory.tile(y), *tiles)
     for each, negative in zip(x, found, strict=True):
         np.testing.assert_array_equal(threads.array(negative), -distances(each, y))
 
 
-@pytest.mark.parametrize("is_crossed", [False, True])
-def test_maxima(is_crossed):
+def test_maxima():
     x, y, memory = [rows(1, 64, jnp.bfloat16), rows(2, 64, jnp.bfloat16)], rows(3, 64, jnp.bfloat16), threads.Memory()
     with threads.running(memory):
-        tiles = [memory.tile(crossed(each, is_crossed)) for each in x]
-        found = l1_maxima._sums(64, "bfloat16", is_crossed, None, memory.tile(y), *tiles)
+        tiles = [memory.tile(crossed(each)) for each in x]
+        found = l1_maxima._sums(64, "bfloat16", None, memory.tile(y), *tiles)
     for each, maxima in zip(x, found, strict=True):
         expected = np.maximum(wide(each)[:, None], wide(y)[None]).sum(axis=-1)
         np.testing.assert_array_equal(threads.array(maxima), expected)
 
 
-@pytest.mark.parametrize(("is_crossed", "is_paired"), [(False, False), (True, False), (True, True)])
-def test_gradients(is_crossed, is_paired):
+def test_gradients():
     x, y, memory = rows(1, 64), rows(2, 64), threads.Memory()
     ds = np.random.default_rng(3).integers(-8, 9, (64, 64)).astype(np.float32)
     with threads.running(memory):
-        x_ref, room = memory.tile(crossed(x, is_crossed)), memory.flat(4 * 68 * 64, (68, 64))
+        x_ref, room = memory.tile(crossed(x)), memory.flat(4 * 68 * 64, (68, 64))
         sums = threads.registers(np.zeros((64, 64)))
         of_ds, y_ref = threads.registers(ds), memory.tile(y)
-        sums = l1_gradients._add(is_crossed, is_paired, None, sums, of_ds, room, x_ref, y_ref)
+        sums = l1_gradients._add(None, sums, of_ds, room, x_ref, y_ref)
         memory.bytes[room.at : room.at + 256] = ds.sum(axis=1).view(np.uint8)
-        l1_gradients._finish(FACTOR, is_paired, sums, room, x_ref)
+        l1_gradients._finish(FACTOR, sums, room, x_ref)
     np.testing.assert_array_equal(memory.read_tile(x_ref, 64, 2, np.float32), gradient(x, y, ds))
 
 

@@ -113,9 +113,6 @@ def instruction(memory: Memory, text: str, operands):
             return multiply(operands[:4], operands[4:6], operands[6:], of)
     if "ldmatrix.sync.aligned.m8n8.x4.shared.b16" in text:
         return memory.matrices(operands[0])
-    if "shfl.sync.idx.b32 $0, $1, $2, 31, -1;" in text:
-        x, source = operands
-        return value(x.reshape(-1, LANES)[np.arange(THREADS) // LANES, source])
     if "fma.rn.sat.f32" in text:
         t, scale, shift = (np.float64(x) for x in operands)
         return value(np.clip(t * scale + shift, 0, 1), np.float32)
