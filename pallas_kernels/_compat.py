@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -53,7 +54,7 @@ def kernel(
         reduction_scratch_bytes=0,
         lowering_semantics=plgpu.LoweringSemantics.Lane,
     )
-    return pl.kernel(
+    launch = pl.kernel(
         with_scratch,
         out_type=out_type,
         mesh=mesh,
@@ -61,6 +62,10 @@ def kernel(
         interpret=False if interpret is None else interpret,
         name=name,
     )
+    if interpret is not None:
+        return launch
+    # Without it XLA fuses a kernel with an update of its result, out.at[0].set(0), and fails to compile that.
+    return lambda *arrays: lax.optimization_barrier(launch(*arrays))
 
 
 def accumulator(x: jax.Array):
