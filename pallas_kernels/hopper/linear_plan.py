@@ -130,7 +130,7 @@ class Refs(NamedTuple):
 
 
 def make_plan(scan: Scan, interpret: _compat.Interpret = None, **options) -> Plan:
-    tile = linear_tiles.scan_tile(tiles.padded(scan.D), tiles.padded(scan.Dv))
+    tile = linear_tiles.scan_tile(scan.B * scan.H, tiles.padded(scan.D), tiles.padded(scan.Dv))
     if options.get("partnered"):  # one more operand in the same memory
         tile = dataclasses.replace(tile, stages=2)
     return Plan(scan, tile, interpret, **options)

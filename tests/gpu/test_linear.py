@@ -27,6 +27,7 @@ CASES = {
     "few": (dict(B=2, S=2048, Hq=2, Hk=1, D=128, decay="token", strength=0.01, state=True), {}),
     "few_reverse": (dict(B=1, S=2048, Hq=2, D=64, decay="head", strength=0.01), dict(reverse=True)),
     "many": (dict(B=8, S=130, Hq=40, D=64, decay="token"), {}),
+    "many_D128": (dict(B=4, S=500, Hq=20, Hk=10, D=128, decay="head", strength=0.1, state=True), {}),
     "few_ragged": (dict(B=1, S=4001, Hq=3, D=64, decay="token", strength=0.01, state=True), {}),
     "few_D128": (dict(B=1, S=4096, Hq=4, D=128, decay="token", strength=0.01, state=True), {}),
     "normalized": (dict(B=2, S=1000, Hq=4, D=128, decay="token", state=True, positive=True), dict(normalize=True)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -22,8 +23,11 @@ from tests.kernels.interpreted import interpreted
 from tests.linear.rule import assert_matches_oracle, inputs
 
 
+@contextlib.contextmanager
 def on_the_cpu():
-    return interpreted((linear_calls, "forward"), (linear_calls, "backward"))
+    """With the tiles of heads that fill the GPU: of some, two consumers share a CTA's loads."""
+    with mock.patch.object(linear_tiles, "SMS", 0), interpreted((linear_calls, "forward"), (linear_calls, "backward")):
+        yield
 
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -115,9 +119,20 @@ def test_a_decay_of_nothing_forgets():
 
 
 def test_every_column_of_v_has_a_consumer():
-    for D, Dv in itertools.product((64, 128, 192, 256), repeat=2):
-        plan = linear_plan.make_plan(linear_plan.Scan(B=1, H=1, S=64, D=D, Dv=Dv, dtype="bfloat16", scale=1.0))
+    for D, Dv, H in itertools.product((64, 128, 192, 256), (64, 128, 192, 256), (1, 200)):
+        plan = linear_plan.make_plan(linear_plan.Scan(B=1, H=H, S=64, D=D, Dv=Dv, dtype="bfloat16", scale=1.0))
         assert plan.slices * plan.tile.warpgroups * 64 == Dv
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "D", "warpgroups", "segments"),
+    [(2, 16, 128, 1, 2), (1, 64, 128, 1, 1), (1, 67, 128, 2, 1), (8, 32, 128, 2, 1), (1, 4, 128, 1, 16)],
+)
+def test_few_heads_fill_the_gpu(B, H, D, warpgroups, segments):
+    """By consumers with a CTA of their own, then by segments of time."""
+    scan = linear_plan.Scan(B=B, H=H, S=16384, D=D, Dv=D, dtype="bfloat16", scale=1.0)
+    assert linear_plan.make_plan(scan).tile.warpgroups == warpgroups
+    assert linear_split.segments(scan) == segments
 
 
 @pytest.mark.parametrize(
@@ -160,9 +175,11 @@ def test_lowers(shape, options):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("decay", [None, "token"])
-@pytest.mark.parametrize(("D", "S", "expected"), [(64, 900, 4), (128, 900, 4), (256, 900, 4), (128, 1100, 7)])
-def test_ptxas_has_no_complaint(D, S, expected, decay):
-    arrays = inputs(0, jnp.bfloat16, B=1, S=S, Hq=2, D=D, decay=decay, state=True)
+@pytest.mark.parametrize(
+    ("D", "H", "S", "expected"), [(64, 2, 900, 4), (128, 80, 900, 4), (256, 2, 900, 4), (128, 2, 1100, 7)]
+)
+def test_ptxas_has_no_complaint(D, H, S, expected, decay):
+    arrays = inputs(0, jnp.bfloat16, B=1, S=S, Hq=H, D=D, decay=decay, state=True)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
     def run(arrays):
@@ -171,7 +188,7 @@ def test_ptxas_has_no_complaint(D, S, expected, decay):
 
     with on_hopper():
         _, kernels = compile_for_h100(run, shapes)
-    tile = linear_tiles.SCAN[D]
+    tile = linear_tiles.scan_tile(H, D, D)
     assert len(kernels) == expected  # 3 more find what enters segments of time
     for kernel in kernels:
         assert kernel.serialized is None
