@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from bench import results, run
-from bench.peers import Case, Peer, available, jax_peer, ready, torch_peer
-from bench.timing import interleaved
+from bench.peers import Case, Peer, available, jax_peer, prepared, torch_peer
+from bench.timing import Timed, interleaved
 from jflash import flash_attention
 
 TOKENS, WIDTH = 16384, 2048  # B * S and H * D of the sweep
@@ -174,19 +175,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> results.Report:
     peers, dtype, report = available(PEERS, args.impls), run.dtype(args), run.new_report()
-    for preset in run.presets(args, "sweep"):
-        for case in PRESETS[preset]():
-            for direction in run.directions(args, ("forward", "backward"), ("forward", "both")):
-                report.add(_measure(peers, case, dtype, direction, args), args.out)
+    cases = [case for preset in run.presets(args, "sweep") for case in PRESETS[preset]()]
+    directions = run.directions(args, ("forward", "backward"), ("forward", "both"))
+    for task, found in prepared(peers, itertools.product(cases, [dtype], directions)):
+        report.add(_measure(found, *task, args), args.out)
     results.show(report)
     return report
 
 
-def _measure(peers: list[Peer], case: Case, dtype: str, direction: str, args) -> list[results.Row]:
+def _measure(found: dict[str, Timed], case: Case, dtype: str, direction: str, args) -> list[results.Row]:
     shape = dataclasses.asdict(case)
     rows = []
-    peers = [peer for peer in peers if case.feature is None or peer.features]
-    for name, spread in interleaved(ready(peers, case, dtype, direction), args.rounds, args.seconds).items():
+    for name, spread in interleaved(found, args.rounds, args.seconds).items():
         tflops = case.flops(direction) / spread.ms / 1e9 if run.on_gpu() else None
         numbers = dataclasses.asdict(spread)
         rows.append(results.Row("attention", direction, name, dtype, shape, **numbers, tflops=tflops))

@@ -7,20 +7,19 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 
 from bench import results, run
-from bench.peers import Case, Peer, available, jax_peer, ready, torch_peer
+from bench.peers import Case, Peer, available, jax_peer, prepared, torch_peer
 from bench.timing import Spread, Timed, interleaved
 from jflash import l1_attention
 
 # An H100 adds 128 float32 numbers a clock on each of 132 processors, at 1.98 GHz.
 ADDITIONS_PER_MS = 128 * 132 * 1.98e6
-# Of the differences of all features of all pairs, which the backward of cdist keeps.
-MOST_BYTES = 4e10
+# Differences of all features of all pairs, over which the backward of cdist counts with 32 bits.
+MOST_DIFFERENCES = 2**31
 
 
 def goals() -> Iterator[Case]:
@@ -73,9 +72,9 @@ def _cdist(case: Case) -> Callable:
     def attend(q, k, v):
         if q.dtype != torch.float32:
             raise NotImplementedError("cdist knows no 16-bit types")
-        differences = 4 * case.B * case.H * case.Sq * case.Sk * case.D
-        if q.requires_grad and differences > MOST_BYTES:
-            raise NotImplementedError(f"{differences:.1g} bytes of differences must be <= {MOST_BYTES:.1g}")
+        differences = case.B * case.H * case.Sq * case.Sk * case.D
+        if q.requires_grad and differences > MOST_DIFFERENCES:
+            raise NotImplementedError(f"{differences} differences must be <= {MOST_DIFFERENCES}")
         d = torch.cdist(q.transpose(1, 2), k.transpose(1, 2), p=1)
         weights = (-d * case.D**-0.5).softmax(-1)
         return (weights @ v.transpose(1, 2)).transpose(1, 2)
@@ -102,23 +101,15 @@ PEERS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_arguments(parser, PRESETS, "goals")
-    parser.add_argument("--limit", type=float, default=600, help="seconds after which torch is left out [600]")
 
 
 def main(args: argparse.Namespace) -> results.Report:
-    end = time.monotonic() + args.limit
     peers, report = available(PEERS, args.impls), run.new_report()
     cases = [case for preset in run.presets(args, "goals") for case in PRESETS[preset]()]
     dtypes = [args.dtype] if args.dtype else ["float32", "bfloat16"] if run.on_gpu() else ["float32"]
-    compiled = [peer for peer in peers if not peer.needs]
-    torch_ones = [peer for peer in peers if peer.needs]
-    for direction in run.directions(args, ("forward", "backward"), ("forward",)):
-        tasks = list(itertools.product(cases, dtypes, [direction]))
-        with ThreadPoolExecutor(8 if run.on_gpu() else 1) as pool:  # to compile takes longer than to time
-            prepared = list(pool.map(lambda task: ready(compiled, *task), tasks))
-        for task, found in zip(tasks, prepared, strict=True):
-            found |= ready(torch_ones, *task) if time.monotonic() < end else {}
-            report.add(_measure(found, *task, args), args.out)
+    directions = run.directions(args, ("forward", "backward"), ("forward",))
+    for task, found in prepared(peers, itertools.product(cases, dtypes, directions)):
+        report.add(_measure(found, *task, args), args.out)
     results.show(report)
     return report
 

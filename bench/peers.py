@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -160,6 +161,8 @@ def ready(peers: Iterable[Peer], case: Any, dtype: str, direction: str) -> dict[
     """The peers that can do a case, after a first run; says why of the others."""
     found: dict[str, Timed] = {}
     for peer in peers:
+        if getattr(case, "feature", None) is not None and not peer.features:
+            continue
         try:
             timed = peer.prepare(case, dtype, direction)
             timed.wait(timed.run())
@@ -167,3 +170,21 @@ def ready(peers: Iterable[Peer], case: Any, dtype: str, direction: str) -> dict[
         except Exception as error:
             print(f"  {peer.name} {direction}: {type(error).__name__}: {str(error)[:160]}".replace("\n", " "))
     return found
+
+
+def prepared(
+    peers: Iterable[Peer], tasks: Iterable[tuple[Any, str, str]]
+) -> Iterator[tuple[tuple[Any, str, str], dict[str, Timed]]]:
+    """Each task, a case, dtype and direction, with the peers that are `ready` for it.
+
+    On a GPU JAX compiles some tasks side by side, which takes longer than to time them.
+    """
+    of_torch = [peer for peer in peers if "torch" in peer.name]
+    of_jax = [peer for peer in peers if peer not in of_torch]
+    at_once, tasks = 16 if jax.default_backend() == "gpu" else 1, list(tasks)
+    for start in range(0, len(tasks), at_once):
+        batch = tasks[start : start + at_once]
+        with ThreadPoolExecutor(at_once) as pool:
+            found = list(pool.map(lambda task: ready(of_jax, *task), batch))
+        for task, timed in zip(batch, found, strict=True):
+            yield task, timed | ready(of_torch, *task)

@@ -28,11 +28,11 @@ OURS = "jflash"  # the table's tile, in the rows of the JSON
 CHANGES: dict[tuple[str, int], list[dict]] = {  # what fits shared memory, and that the kernels are right with
     ("forward", 64): [
         dict(stages=2),
-        dict(persistent=False),
+        dict(q_stages=1),
         dict(warpgroups=2, registers=240, producer_registers=24),
     ],
-    ("forward", 128): [dict(persistent=False), dict(lazy=True), dict(block_kv=192, stages=1)],
-    ("forward", 192): [dict(persistent=False), dict(lazy=False)],
+    ("forward", 128): [dict(q_stages=1), dict(lazy=True)],
+    ("forward", 192): [dict(q_stages=1), dict(lazy=False)],
     ("forward", 256): [dict(lazy=False)],
     ("backward", 64): [dict(registers=232, producer_registers=40)],
     ("backward", 128): [dict(stages=3), dict(registers=232, producer_registers=40)],

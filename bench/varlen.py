@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import peers, results, run
-from bench.peers import Peer, Shape, available, jax_peer, ready, torch_peer
-from bench.timing import interleaved
+from bench.peers import Peer, Shape, available, jax_peer, prepared, torch_peer
+from bench.timing import Timed, interleaved
 from jflash import flash_attention, flash_attention_varlen
 
 TOKENS, WIDTH, SIGMA = 16384, 2048, 0.8
@@ -134,17 +135,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> results.Report:
     found, dtype, report = available(PEERS, args.impls), run.dtype(args), run.new_report()
-    for preset in run.presets(args, *(name for name in PRESETS if name != "cpu")):
-        for case in PRESETS[preset]():
-            for direction in run.directions(args, ("forward", "backward"), ("forward", "both")):
-                report.add(_measure(found, case, dtype, direction, args), args.out)
+    presets = run.presets(args, *(name for name in PRESETS if name != "cpu"))
+    cases = [case for preset in presets for case in PRESETS[preset]()]
+    directions = run.directions(args, ("forward", "backward"), ("forward", "both"))
+    for task, timed in prepared(found, itertools.product(cases, [dtype], directions)):
+        report.add(_measure(timed, *task, args), args.out)
     results.show(report)
     return report
 
 
-def _measure(found: list[Peer], case: Case, dtype: str, direction: str, args) -> list[results.Row]:
+def _measure(timed: dict[str, Timed], case: Case, dtype: str, direction: str, args) -> list[results.Row]:
     shape, rows = dataclasses.asdict(case), []
-    for name, spread in interleaved(ready(found, case, dtype, direction), args.rounds, args.seconds).items():
+    for name, spread in interleaved(timed, args.rounds, args.seconds).items():
         flops = (case.dense if name == "jflash:dense" else case).flops(direction)
         tflops = flops / spread.ms / 1e9 if run.on_gpu() else None
         rows.append(results.Row("varlen", direction, name, dtype, shape, **dataclasses.asdict(spread), tflops=tflops))

@@ -16,8 +16,7 @@ class ForwardTile:
     stages: int = 2
     registers: int = 240  # of a consumer
     producer_registers: int = 24
-    persistent: bool = False  # one CTA an SM takes tile after tile
-    out_in_q: bool = False  # the output leaves through the memory of Q, where shared memory is short
+    q_stages: int = 2  # tiles of Q in shared memory; the output of each leaves through its Q
     lazy: bool = False  # the output fades only when scores grow a lot: worth a branch where it is wide
     spill_bytes: int = 0  # what ptxas may spill; the compile test fails above it
 
@@ -39,6 +38,7 @@ class BackwardTile:
     ds_stages: int = 2
     roles: bool = False
     split_rows: bool = False  # the two consumers share a dQ tile by rows, else by columns
+    dq_apart: bool = False  # dQ is left to `attention_backward_q`, as it is for every deterministic call
     registers: int = 240
     producer_registers: int = 24
     spill_bytes: int = 0  # a mask or a softcap may cost a few
@@ -55,11 +55,11 @@ class QueryGradientTile:
 # TF/s full / causal at B2 S8192, bf16, H100 80GB HBM3, from bench/results/h100-attention.json.
 FORWARD = {
     64: ForwardTile(  # 551 / 490
-        block_kv=128, warpgroups=3, stages=3, registers=160, producer_registers=32, persistent=True
+        block_kv=128, warpgroups=3, stages=3, registers=160, producer_registers=32
     ),
-    128: ForwardTile(block_kv=128, persistent=True),  # 660 / 615
-    192: ForwardTile(block_kv=64, persistent=True, lazy=True),  # 634 / 545 at B4 S4096, before `lazy`
-    256: ForwardTile(block_kv=64, persistent=True, out_in_q=True, lazy=True, spill_bytes=72),  # 749 / 683
+    128: ForwardTile(block_kv=128),  # 660 / 615
+    192: ForwardTile(block_kv=64, lazy=True),  # 634 / 545 at B4 S4096, before `lazy`
+    256: ForwardTile(block_kv=64, q_stages=1, lazy=True, spill_bytes=72),  # 749 / 683
 }
 
 FORWARD_WITH_BIAS = {  # not measured yet; a bias takes as many registers as the scores
@@ -73,8 +73,8 @@ FORWARD_WITH_BIAS = {  # not measured yet; a bias takes as many registers as the
 BACKWARD = {
     64: BackwardTile(block_q=128, split_rows=True, spill_bytes=104),  # 532 / 456
     128: BackwardTile(block_q=64, spill_bytes=40),  # 586 / 565
-    192: BackwardTile(block_q=64, block_kv=64, ds_stages=1, roles=True),  # 417 / 374 at B4 S4096
-    256: BackwardTile(block_q=64, block_kv=64, ds_stages=1, roles=True, spill_bytes=52),  # 421 / 411
+    192: BackwardTile(block_q=64, block_kv=64, roles=True, dq_apart=True),  # not measured; added 417 / 374 at B4 S4096
+    256: BackwardTile(block_q=64, block_kv=64, roles=True, dq_apart=True, spill_bytes=52),  # added 421 / 411
 }
 
 BACKWARD_WITH_BIAS = {  # not measured yet
@@ -122,7 +122,8 @@ def backward_tile(p: AttentionProblem) -> BackwardTile:
         table = DETERMINISTIC_WITH_BIAS if p.deterministic else BACKWARD_WITH_BIAS
     else:
         table = BACKWARD_WITH_POSITIONS if p.alibi and p.key_ranges else BACKWARD
-    return table[max(padded(p.D), padded(p.Dv))]
+    tile = table[max(padded(p.D), padded(p.Dv))]
+    return dataclasses.replace(tile, dq_apart=tile.dq_apart or p.deterministic)
 
 
 def query_gradient_tile(p: AttentionProblem) -> QueryGradientTile:

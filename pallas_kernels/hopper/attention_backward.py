@@ -159,7 +159,7 @@ def attention_backward(
 
     d_bias: an accumulator for the gradient of the bias, see `bias.zeros`.
 
-    For a deterministic problem `dq` is None, and dQ is left to `attention_backward_q`.
+    Where the tile has dQ apart, `dq` is None, and dQ is left to `attention_backward_q`.
     lse2 = lse log2(e), float32 [B, H, Sq padded to whole blocks], +inf for rows without a gradient.
     delta = rowsum(dO O) - dlse, in the same shape.
     """
@@ -222,7 +222,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     smem = {name: x.scratch for name, x in types.items()}
     with_q, with_kv = key_rows.copies(p)
     dq_barriers = {}
-    if not p.deterministic:
+    if not t.dq_apart:
         smem["ds_smem"] = plgpu.SMEM((t.ds_stages, t.block_kv, t.block_q), jnp.dtype(p.dtype), transforms=tma.TILED)
         smem["dq_smem"] = plgpu.SMEM((CONSUMERS, *plan.dq_shape[-2:]), jnp.float32)
         dq_barriers = {"dq_full": plan.dq_full.scratch, "dq_empty": plan.dq_empty.scratch}

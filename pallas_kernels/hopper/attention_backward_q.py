@@ -2,10 +2,11 @@
 
     P = 2^(scale log2(e) Q K^T - lse2)    dS = P (dO V^T - delta)    dQ = scale dS K
 
-`attention_backward` adds dQ from many CTAs, in whatever order they come. For `deterministic=True` it leaves dQ
-out, and this kernel walks like the forward one: a CTA keeps 64 query rows for each of two consumer warpgroups, a
-warp brings blocks of keys and values. Two products are done twice, so the whole costs 7 / 5. At head dim 256 shared
-memory holds one block of values beside two of keys; values are done with first, so they come and go on their own.
+`attention_backward` adds dQ from many CTAs, in whatever order they come. For `deterministic=True`, and for wide heads
+where it is faster too, it leaves dQ out, and this kernel walks like the forward one: a CTA keeps 64 query rows for
+each of two consumer warpgroups, a warp brings blocks of keys and values. Two products are done twice, so the whole
+costs 7 / 5. At head dim 256 shared memory holds one block of values beside two of keys; values are done with first,
+so they come and go on their own.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ one forms S^T and P^T and keeps dV, the other forms dP^T and dS^T and keeps dK. 
 through shared memory, so the second runs half a step behind and each one's products run under the other's
 arithmetic. dS^T goes through shared memory too, and then each forms its share of dQ in slices of 64 columns, which it
 adds to the float32 buffer straight from registers: staging it would be too much for the bandwidth of shared memory.
-A deterministic problem leaves dQ to `attention_backward_q`, and dS^T stays in registers.
+A tile with dQ apart leaves dQ to `attention_backward_q`, and dS^T stays in registers.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def attention_backward_roles(
     """Adds dQ / scale to the accumulator `dq` and returns dK and dV; all as `attention_backward` has it.
 
     d_bias: an accumulator for the gradient of the bias, see `bias.zeros`.
-    dq: None for a deterministic problem.
+    dq: None where the tile has dQ apart.
     """
     plan = make_plan(p, interpret)
     q, d_out = (tma.fit(x, plan.tile.block_q) for x in (a.q, d_out))
@@ -138,7 +138,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     scores = (t.block_kv, t.block_q)
     p_or_slope = plgpu.SMEM((P_STAGES, *scores), jnp.dtype(p.dtype), transforms=tma.TILED)
     of_dq = {}
-    if not p.deterministic:
+    if not t.dq_apart:
         of_dq = {
             "ds_smem": plgpu.SMEM((t.ds_stages, *scores), jnp.dtype(p.dtype), transforms=tma.TILED),
             "ds_full": plgpu.Barrier(num_barriers=t.ds_stages),
@@ -351,7 +351,7 @@ def _add_dq(plan: Plan, refs: Refs, work: Work, walk: Walk, step, wg: int, parts
 
 def _finish_products(plan: Plan) -> None:
     """Waits for the last product of a walk where no dQ has."""
-    if plan.problem.deterministic:
+    if plan.tile.dq_apart:
         plgpu.wgmma_wait(0)
 
 

@@ -26,7 +26,7 @@ ROWS = 64
 def attention_delta(plan: Plan, out, lse, d_out, d_lse) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """lse2 and delta, float32 [B, H, Sq padded to whole blocks], and zeros of `plan.dq_shape`.
 
-    There are no zeros for a deterministic problem, which adds nothing into them.
+    There are no zeros where dQ comes apart: nothing is added into them.
     """
     p, t = plan.problem, plan.tile
     rows = plan.query_blocks * t.block_q
@@ -35,7 +35,7 @@ def attention_delta(plan: Plan, out, lse, d_out, d_lse) -> tuple[jax.Array, jax.
     tile = plan.tile_type(2, ROWS, p.Dv)
     statistic = jax.ShapeDtypeStruct((p.B, p.H, rows), jnp.float32)
     zeros, zero_smem = [], {}
-    if not p.deterministic:
+    if not t.dq_apart:
         zeros = [jax.ShapeDtypeStruct(plan.dq_shape, jnp.float32)]
         zero_smem = {"zero_smem": plgpu.SMEM(plan.dq_shape[-2:], jnp.float32)}
     kernel = _compat.kernel(

@@ -6,6 +6,9 @@ consumer overlaps its own work: while the tensor cores form P(j-1) V(j-1), it tu
 also take turns at the tensor cores, so that one's softmax runs under another's products. (The two overlaps
 are those of Shah et al., FlashAttention-3, arXiv 2407.08608.)
 
+A CTA takes tile after tile. What the next one starts with arrives under the end of the one before: Q has a ring of
+its own, of `q_stages` slots, and an output leaves through the slot of its Q.
+
 Keys are walked from the last block to the first. A block that the causal edge, a window or the end of the
 keys cuts takes a branch through the mask; any other jumps over it. (Three loops, one for each kind of block,
 made ptxas serialize the wgmmas: C7513.)
@@ -33,6 +36,7 @@ from pallas_kernels.problem import AttentionArrays, AttentionProblem
 
 WGMMA = plgpu.Layout.WGMMA
 _HEADS_OF_A_ROUND = 16  # eight CTAs then share what they read of a head
+_ENDS = 2.0  # key blocks' worth of time that the start and the end of a tile take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +59,15 @@ class Plan:
         return self.tile.warpgroups > 1
 
     @property
-    def table(self) -> np.ndarray:
-        """What persistent CTAs take: a tile costs its key blocks, and about one more for its two ends.
+    def has_places(self) -> bool:
+        """Whether a tile's row block, and which keys it visits, comes to shared memory with its Q."""
+        return self.problem.key_ranges and not sparsity.is_listed(self.problem)
 
-        Where only the run knows the blocks, `order_gmem` has the longest tiles first, and we guess a steady fall.
+    @property
+    def table(self) -> np.ndarray:
+        """What the CTAs take: a tile costs its key blocks, and its two ends as much as some more.
+
+        Where only the run knows the blocks, the longest tiles come first, and we guess a steady fall.
         """
         if self.problem.key_ranges:
             return self.schedule.table(range(self.schedule.blocks, 0, -1))
@@ -66,11 +75,19 @@ class Plan:
             first = jnp.arange(self.schedule.blocks) * self.tile.rows
             keys = ranges.key_blocks(self.problem, first, self.tile.rows, self.tile.block_kv)
             steps = np.broadcast_to(np.asarray(keys.hi - keys.lo), first.shape)
-        return self.schedule.table(steps + 1.0)
+        return self.schedule.table(steps + _ENDS)
 
-    def tile_type(self, count: int, rows: int, columns: int) -> tma.TileType:
-        dtype = jnp.dtype(self.problem.dtype)
-        return tma.TileType(count, rows, tiles.padded(columns), dtype, self.any_row, self.interpret)
+    @property
+    def tile_types(self) -> dict[str, tma.TileType]:
+        p, t = self.problem, self.tile
+        D, Dv, queries = tiles.padded(p.D), tiles.padded(p.Dv), t.q_stages * t.warpgroups
+        rest = jnp.dtype(p.dtype), self.any_row, self.interpret
+        return {
+            "q_smem": tma.TileType(queries, 64, D, *rest),
+            "k_smem": tma.TileType(t.stages, t.block_kv, D, *rest),
+            "v_smem": tma.TileType(t.stages, t.block_kv, Dv, *rest),
+            "out_smem": tma.TileType(queries, 64, Dv, *rest),
+        }
 
 
 class Refs(NamedTuple):
@@ -84,7 +101,7 @@ class Refs(NamedTuple):
     q_smem: Any
     k_smem: Any
     v_smem: Any
-    out_smem: Any
+    out_smem: Any  # other views of q_smem
     lse_smem: Any
     q_full: Any
     q_empty: Any
@@ -104,7 +121,9 @@ class Refs(NamedTuple):
     limits_gmem: Any = None  # [B|1, 2, rows]: the first and the last key of each row
     limits_smem: Any = None
     visits_gmem: Any = None  # see ranges.table
-    order_gmem: Any = None  # see ranges.longest_first
+    places_gmem: Any = None  # see ranges.places
+    places_smem: Any = None
+    order_gmem: Any = None  # see schedule.placed
     listed_gmem: Any = None  # this and the next two: see sparsity
     bits_gmem: Any = None
     bits_smem: Any = None
@@ -121,9 +140,7 @@ def attention_forward(
     q = tma.fit(a.q, plan.tile.rows)
     k, v = (tma.fit(x, plan.tile.block_kv) for x in (a.k, a.v))
     lse_rows = plan.schedule.blocks * plan.tile.rows
-    inputs = {"q_gmem": q, "k_gmem": k, "v_gmem": v, **_features(plan, a)}
-    if plan.schedule.persistent:
-        inputs["table_gmem"] = plan.table
+    inputs = {"q_gmem": q, "k_gmem": k, "v_gmem": v, "table_gmem": plan.table, **_features(plan, a)}
     kernel = _compat.kernel(
         functools.partial(_kernel, plan, (*inputs, "out_gmem", "lse_gmem")),
         name="attention_forward",
@@ -145,8 +162,8 @@ def _features(plan: Plan, a: AttentionArrays) -> dict[str, jax.Array]:
     """What the call has beyond q, k and v, as the kernel wants it."""
     found = query_rows.inputs(plan.problem, a, plan.tile.rows, plan.tile.block_kv)
     found |= tails.inputs(a, plan.tile.rows, plan.tile.block_kv, v_gmem=a.v)
-    if a.key_ranges is not None:
-        found["order_gmem"] = ranges.longest_first(found["visits_gmem"][..., 0], found["visits_gmem"][..., 3])
+    if plan.has_places:
+        found["places_gmem"] = ranges.places(found.pop("visits_gmem"))
     if a.sinks is not None:
         found["sinks_gmem"] = a.sinks.astype(jnp.float32) * softmax.LOG2E
     return {**found, **sparsity.order(found)}
@@ -167,22 +184,27 @@ def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
         blocks=blocks,
         section=section,
         descending=p.right is not None,
-        persistent=tile.persistent,
+        persistent=True,
     )
-    return Plan(p, tile, order, tma.is_ragged(p), interpret)
+    # An output narrower than its Q takes the first chunks of columns of that, which `any_row` keeps apart.
+    any_row = tma.is_ragged(p) or tiles.padded(p.D) != tiles.padded(p.Dv)
+    return Plan(p, tile, order, any_row, interpret)
 
 
 def _scratch(plan: Plan) -> dict[str, Any]:
     t = plan.tile
-    types = _tile_types(plan)
-    smem = {name: x.scratch for name, x in types.items() if not (t.out_in_q and name == "out_smem")}
+    types = plan.tile_types
     with_q, with_k = query_rows.copies(plan.problem)
+    of_place = {"places_smem": plgpu.SMEM((t.q_stages, 32), jnp.int32)} if plan.has_places else {}
     return {
-        **smem,
-        **query_rows.scratch(plan.problem, t.warpgroups, t.stages, t.block_kv),
+        **of_place,
+        **{name: types[name].scratch for name in ("q_smem", "k_smem", "v_smem")},
+        **query_rows.scratch(plan.problem, t.warpgroups, t.stages, t.block_kv, t.q_stages),
         "lse_smem": plgpu.SMEM((t.warpgroups, 64), jnp.float32),
-        "q_full": plgpu.Barrier(num_arrivals=t.warpgroups * (types["q_smem"].chunks + with_q)),
-        "q_empty": plgpu.Barrier(num_arrivals=t.warpgroups),
+        "q_full": plgpu.Barrier(
+            num_arrivals=t.warpgroups * (types["q_smem"].chunks + with_q) + len(of_place), num_barriers=t.q_stages
+        ),
+        "q_empty": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.q_stages),
         "k_full": plgpu.Barrier(num_arrivals=types["k_smem"].chunks + with_k, num_barriers=t.stages),
         "k_empty": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
         "v_full": plgpu.Barrier(num_arrivals=types["v_smem"].chunks, num_barriers=t.stages),
@@ -191,20 +213,9 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _tile_types(plan: Plan) -> dict[str, tma.TileType]:
-    p, t = plan.problem, plan.tile
-    return {
-        "q_smem": plan.tile_type(t.warpgroups, 64, p.D),
-        "k_smem": plan.tile_type(t.stages, t.block_kv, p.D),
-        "v_smem": plan.tile_type(t.stages, t.block_kv, p.Dv),
-        "out_smem": plan.tile_type(t.warpgroups, 64, p.Dv),
-    }
-
-
 def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
-    if plan.tile.out_in_q:
-        scratch["out_smem"] = scratch["q_smem"]
-    tiles_smem = {name: x.view(scratch[name]) for name, x in _tile_types(plan).items()}
+    scratch["out_smem"] = scratch["q_smem"]
+    tiles_smem = {name: x.view(scratch[name]) for name, x in plan.tile_types.items()}
     refs = Refs(**tails.joined(dict(zip(names, gmem, strict=True))), **{**scratch, **tiles_smem})
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     consume = functools.partial(_consumer, plan, refs, cta, wg)
@@ -212,43 +223,64 @@ def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     lax.cond(wg < plan.tile.warpgroups, consume, produce)
 
 
-def _visits(plan: Plan, refs: Refs, work: Work) -> sparsity.Visits:
-    """The key blocks of a tile: at least one, wholly masked if need be, so that no role has an empty case."""
+def _place(refs: Refs, work: Work):
+    """Where global memory says which rows a tile has and which keys these visit, if it does."""
+    return refs.places_gmem.at[tma.batch_entry(refs.places_gmem, work.b), work.block]
+
+
+def _tile(plan: Plan, refs: Refs, work: Work, place) -> tuple[Work, sparsity.Visits]:
+    """The rows of a tile and their key blocks: at least one, wholly masked if need be, so that no role has an
+    empty case. place: what says so of a plan that `has_places`."""
     t = plan.tile
-    keys = query_rows.key_blocks(plan.problem, refs, work, t.rows, t.block_kv)
+    if plan.has_places:
+        *keys, block = (place[n] for n in range(5))
+        keys, work = ranges.Range(*keys), work._replace(block=block)
+    else:
+        work = schedule.placed(work, refs.order_gmem)
+        keys = query_rows.key_blocks(plan.problem, refs, work, t.rows, t.block_kv)
     last = jnp.minimum(keys.lo, -(-plan.problem.Sk // t.block_kv) - 1)
     keys = keys._replace(lo=last, hi=jnp.maximum(keys.hi, last + 1))
-    return sparsity.visits(plan.problem, refs, work, keys, least=1)
+    return work, sparsity.visits(plan.problem, refs, work, keys, least=1)
+
+
+class Done(NamedTuple):
+    """What a CTA has behind it, which fixes the slots of the rings."""
+
+    tiles: Any = 0
+    blocks: Any = 0  # of keys
 
 
 def _producer(plan: Plan, refs: Refs, cta) -> None:
     plgpu.set_max_registers(plan.tile.producer_registers, action="decrease")
+    load = functools.partial(_load_tile, plan, refs)
 
     def role():
-        schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, functools.partial(_load_tile, plan, refs))
+        schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, load, Done())
 
     barriers.in_warps([role], 0, plan.interpret)
 
 
-def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
-    """Copies the operands of a tile; `done` counts the key blocks of earlier tiles, which fix ring slots."""
+def _load_tile(plan: Plan, refs: Refs, work: Work, done: Done) -> Done:
+    """Copies the operands of a tile."""
     t = plan.tile
-    work = schedule.placed(work, refs.order_gmem)
-    visits = _visits(plan, refs, work)
+    place = _place(refs, work) if plan.has_places else None
+    work, visits = _tile(plan, refs, work, place)
     kv_head = lax.div(work.h, jnp.int32(plan.problem.group))
 
-    if plan.schedule.persistent:
-        pl.when(done > 0)(lambda: plgpu.barrier_wait(refs.q_empty))
-
+    q_slot = lax.rem(done.tiles, t.q_stages)
+    q_full = refs.q_full.at[q_slot]
+    pl.when(done.tiles >= t.q_stages)(lambda: plgpu.barrier_wait(refs.q_empty.at[q_slot]))
+    if place is not None:
+        plgpu.copy_gmem_to_smem(place, refs.places_smem.at[q_slot], q_full)
     for w in range(t.warpgroups):
-        row = work.block * t.rows + w * 64
-        refs.q_smem.load(refs.q_gmem, work.b, row, work.h, w, refs.q_full)
-        query_rows.load(refs, work.b, row, w, refs.q_full)
-        query_rows.load_of_head(refs, work.b, work.h, row, w, refs.q_full)
+        row, n = work.block * t.rows + w * 64, q_slot * t.warpgroups + w
+        refs.q_smem.load(refs.q_gmem, work.b, row, work.h, n, q_full)
+        query_rows.load(refs, work.b, row, n, q_full)
+        query_rows.load_of_head(refs, work.b, work.h, row, n, q_full)
 
     def load(step, smem, gmem, full, empty):
-        slot = lax.rem(done + step, t.stages)
-        pl.when(done + step >= t.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+        slot = lax.rem(done.blocks + step, t.stages)
+        pl.when(done.blocks + step >= t.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
         block, _ = visits.at(step)
         smem.load(gmem, work.b, block * t.block_kv, kv_head, slot, full.at[slot])
         return slot, block
@@ -269,40 +301,50 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
     load_keys(0)
     lax.fori_loop(1, visits.steps, load_block, None)
     load_values(visits.steps - 1)
-    return done + visits.steps
+    return Done(done.tiles + 1, done.blocks + visits.steps)
 
 
 def _consumer(plan: Plan, refs: Refs, cta, wg) -> None:
     plgpu.set_max_registers(plan.tile.registers, action="increase")
     if plan.takes_turns:
         pl.when(wg == 0)(lambda: plan.turn.arrive(refs.turn, 0))
-    schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, functools.partial(_attend_tile, plan, refs, wg))
+    attend = functools.partial(_attend_tile, plan, refs, wg)
+    schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, attend, Done())
     plgpu.wait_smem_to_gmem(0)
 
 
-def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
-    """Attention of this consumer's 64 rows; returns the key blocks done so far."""
-    work = schedule.placed(work, refs.order_gmem)
-    visits = _visits(plan, refs, work)
-    plgpu.barrier_wait(refs.q_full)
-    first = work.block * plan.tile.rows + wg * 64
-    queries = query_rows.read(refs, work, wg, first, visits.range)
-    rows = Rows(wg, work, done, query_rows.start(refs, work), queries, visits, dropping.read_rows(refs, wg))
-    carry = lax.fori_loop(1, visits.steps, functools.partial(_step, plan, refs, rows), _first(plan, refs, rows))
-    if not plan.tile.out_in_q:
-        plgpu.barrier_arrive(refs.q_empty)
-    acc = _last(plan, refs, done + visits.steps - 1, carry)
-    _epilogue(plan, refs, wg, work, acc, carry.state)
-    if plan.tile.out_in_q and plan.schedule.persistent:
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(refs.q_empty)
-    return done + visits.steps
+def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done: Done) -> Done:
+    """Attention of this consumer's 64 rows."""
+    t = plan.tile
+    q_slot = lax.rem(done.tiles, t.q_stages)
+    plgpu.barrier_wait(refs.q_full.at[q_slot])
+    work, visits = _tile(plan, refs, work, None if refs.places_smem is None else refs.places_smem.at[q_slot])
+    n = q_slot * t.warpgroups + wg
+    queries = query_rows.read(refs, work, n, work.block * t.rows + wg * 64, visits.range)
+    drop = dropping.read_rows(refs, n)
+    rows = Rows(wg, n, work, done.blocks, query_rows.start(refs, work), queries, visits, drop)
+    carry = _first(plan, refs, rows)
+    if t.q_stages > 1:
+        pl.when(done.tiles > 0)(functools.partial(_release_queries, refs, lax.rem(done.tiles - 1, t.q_stages)))
+    carry = lax.fori_loop(1, visits.steps, functools.partial(_step, plan, refs, rows), carry)
+    acc = _last(plan, refs, done.blocks + visits.steps - 1, carry)
+    _epilogue(plan, refs, rows, acc, carry.state)
+    if t.q_stages == 1:
+        _release_queries(refs, 0)
+    return Done(done.tiles + 1, done.blocks + visits.steps)
+
+
+def _release_queries(refs: Refs, slot) -> None:
+    """Gives the room of Q back, through which an output may still be on its way."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(refs.q_empty.at[slot])
 
 
 class Rows(NamedTuple):
     """The query rows of one consumer, and how many key blocks earlier tiles took."""
 
     wg: jax.Array
+    n: jax.Array  # of their tile in shared memory
     work: Work
     done: Any
     start: Softmax  # before any key
@@ -326,7 +368,7 @@ def _first(plan: Plan, refs: Refs, rows: Rows) -> Carry:
     plgpu.barrier_wait(refs.k_full.at[slot])
 
     def product(s_acc):
-        tma.transposed_product(s_acc, refs.q_smem, rows.wg, refs.k_smem, slot)
+        tma.transposed_product(s_acc, refs.q_smem, rows.n, refs.k_smem, slot)
         return s_acc[...]
 
     s = pl.run_scoped(product, plgpu.ACC((64, t.block_kv), jnp.float32))
@@ -346,7 +388,7 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
 
     def overlapped(s_acc, o_acc):
         o_acc[...] = carry.acc
-        tma.transposed_product(s_acc, refs.q_smem, rows.wg, refs.k_smem, k_slot)
+        tma.transposed_product(s_acc, refs.q_smem, rows.n, refs.k_smem, k_slot)
         plgpu.barrier_wait(refs.v_full.at[v_slot])
         running = tma.product(o_acc, carry.weights, refs.v_smem, v_slot)
         if plan.takes_turns:
@@ -387,14 +429,13 @@ def _softmax(plan: Plan, refs: Refs, rows: Rows, keys: query_rows.KeyBlock, stat
     return state, dropping.kept(p, weights).astype(p.dtype), fade
 
 
-def _epilogue(plan: Plan, refs: Refs, wg, work: Work, acc, state: Softmax) -> None:
+def _epilogue(plan: Plan, refs: Refs, rows: Rows, acc, state: Softmax) -> None:
     """Divides and writes out; the copy runs on under the next tile."""
+    work, row = rows.work, rows.queries.first
     inverse, lse = softmax.finish(state)
     out = acc * softmax.over_columns(dropping.scaled(plan.problem, inverse), acc.shape)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    refs.out_smem.write(wg, out.astype(plan.problem.dtype))
-    refs.lse_smem[wg] = lse
+    refs.out_smem.write(rows.n, out.astype(plan.problem.dtype))
+    refs.lse_smem[rows.wg] = lse
     plgpu.commit_smem()
-    row = work.block * plan.tile.rows + wg * 64
-    refs.out_smem.store(refs.out_gmem, work.b, row, work.h, wg)
-    plgpu.copy_smem_to_gmem(refs.lse_smem.at[wg], refs.lse_gmem.at[work.b, work.h, pl.ds(row, 64)])
+    refs.out_smem.store(refs.out_gmem, work.b, row, work.h, rows.n)
+    plgpu.copy_smem_to_gmem(refs.lse_smem.at[rows.wg], refs.lse_gmem.at[work.b, work.h, pl.ds(row, 64)])

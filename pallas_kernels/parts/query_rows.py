@@ -37,15 +37,16 @@ def inputs(p: AttentionProblem, a: AttentionArrays, rows: int, block_kv: int) ->
     return {**found, **bias.inputs(a, rows, block_kv)}
 
 
-def scratch(p: AttentionProblem, warpgroups: int, stages: int, block_kv: int) -> dict[str, Any]:
-    found = {}
+def scratch(p: AttentionProblem, warpgroups: int, stages: int, block_kv: int, q_stages: int = 1) -> dict[str, Any]:
+    """q_stages: tiles of rows that shared memory holds; what belongs to rows has a place for each of their 64."""
+    found, places = {}, q_stages * warpgroups
     if p.segments:
-        found["q_ids_smem"] = plgpu.SMEM((warpgroups, 64), jnp.int32)
+        found["q_ids_smem"] = plgpu.SMEM((places, 64), jnp.int32)
         found["kv_ids_smem"] = plgpu.SMEM((stages, block_kv), jnp.int32)
     if p.key_ranges:
-        found["limits_smem"] = plgpu.SMEM((warpgroups, 2, 64), jnp.int32)
+        found["limits_smem"] = plgpu.SMEM((places, 2, 64), jnp.int32)
     tiles = sparsity.scratch(p, stages, 64 * warpgroups, block_kv)
-    return {**found, **alibi.scratch(p, warpgroups, 64), **dropping.scratch(p, warpgroups, 64), **tiles}
+    return {**found, **alibi.scratch(p, places, 64), **dropping.scratch(p, places, 64), **tiles}
 
 
 def copies(p: AttentionProblem) -> tuple[int, int]:
@@ -54,14 +55,14 @@ def copies(p: AttentionProblem) -> tuple[int, int]:
     return of_rows, int(p.segments) + sparsity.copies(p)
 
 
-def load(refs, b, row, w, barrier) -> None:
-    """Starts to copy what belongs to the rows of consumer w."""
+def load(refs, b, row, n, barrier) -> None:
+    """Starts to copy what belongs to 64 rows to place n."""
     if refs.q_ids_gmem is not None:
         ids = refs.q_ids_gmem.at[tma.batch_entry(refs.q_ids_gmem, b), pl.ds(row, 64)]
-        plgpu.copy_gmem_to_smem(ids, refs.q_ids_smem.at[w], barrier)
+        plgpu.copy_gmem_to_smem(ids, refs.q_ids_smem.at[n], barrier)
     if refs.limits_gmem is not None:
         limits = refs.limits_gmem.at[tma.batch_entry(refs.limits_gmem, b), :, pl.ds(row, 64)]
-        plgpu.copy_gmem_to_smem(limits, refs.limits_smem.at[w], barrier)
+        plgpu.copy_gmem_to_smem(limits, refs.limits_smem.at[n], barrier)
 
 
 def load_of_head(refs, b, h, row, n, barrier) -> None:
@@ -94,14 +95,14 @@ class QueryRows(NamedTuple):
     limits: Any  # the first and the last key of each row, each [64]
 
 
-def read(refs, work: Work, wg, first, keys: Range) -> QueryRows:
-    """What has arrived for the rows of consumer wg, in registers; a fence, for TMA brings those of its next tile."""
+def read(refs, work: Work, n, first, keys: Range) -> QueryRows:
+    """What has arrived for the 64 rows at place n, in registers; a fence, for TMA brings those of a later tile."""
     ids = limits = None
-    slope = alibi.read(refs, work.b, work.h, wg, softmax.ROWS)
+    slope = alibi.read(refs, work.b, work.h, n, softmax.ROWS)
     if refs.q_ids_smem is not None:
-        ids = _compat.load(refs.q_ids_smem.at[wg], softmax.ROWS)
+        ids = _compat.load(refs.q_ids_smem.at[n], softmax.ROWS)
     if refs.limits_smem is not None:
-        limits = [_compat.load(refs.limits_smem.at[wg, n], softmax.ROWS) for n in range(2)]
+        limits = [_compat.load(refs.limits_smem.at[n, m], softmax.ROWS) for m in range(2)]
     if ids is not None or limits is not None:
         plgpu.commit_smem()
     return QueryRows(first, keys, slope, ids, limits)

@@ -113,6 +113,16 @@ def visitors(visits: jax.Array, blocks: int) -> jax.Array:
     return jnp.stack([jnp.minimum(lo, hi), hi], axis=2)
 
 
+def places(visits: jax.Array) -> jax.Array:
+    """The rows of a `table`, the longest first, each with its number behind: int32 [B|1, query blocks, 32].
+
+    Of 128 bytes, which TMA can bring to a slot of shared memory.
+    """
+    order = longest_first(visits[..., 0], visits[..., 3])[..., None]
+    rows = jnp.concatenate([jnp.take_along_axis(visits, order, axis=1), order], axis=2)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, 32 - rows.shape[2])))
+
+
 def longest_first(lo: jax.Array, hi: jax.Array) -> jax.Array:
     """The blocks [B|1, blocks] in the order of how much each visits, int32."""
     return jnp.argsort(lo - hi, axis=1).astype(jnp.int32)

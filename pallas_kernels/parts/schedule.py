@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,18 +82,18 @@ def placed(work: Work, order_gmem) -> Work:
     return work._replace(block=order_gmem[b, work.block])
 
 
-def for_each_tile(plan: Schedule, table_gmem, cta, take: Callable) -> jax.Array:
-    """Runs done = take(work, done) over the tiles of a CTA, with 0 for the first; returns the last."""
+def for_each_tile(plan: Schedule, table_gmem, cta, take: Callable, start: Any = 0) -> Any:
+    """Runs done = take(work, done) over the tiles of a CTA, with `start` for the first; returns the last."""
+    start = jax.tree.map(jnp.int32, start)
     if not plan.persistent:
-        return take(plan.work(cta), 0)
+        return take(plan.work(cta), start)
 
     def step(carry):
         turn, index, done = carry
         following = table_gmem[cta, turn + 1]  # read ahead of its use
         return turn + 1, following, take(plan.work(index), done)
 
-    start = jnp.int32(0), table_gmem[cta, 0], jnp.int32(0)
-    return lax.while_loop(lambda carry: carry[1] >= 0, step, start)[2]
+    return lax.while_loop(lambda carry: carry[1] >= 0, step, (jnp.int32(0), table_gmem[cta, 0], start))[2]
 
 
 def section(heads: int, group: int, bytes_per_group: int, budget: int = 32 * 2**20) -> int:

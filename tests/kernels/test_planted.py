@@ -24,5 +24,6 @@ def test_is_noticed(name):
     except subprocess.TimeoutExpired:
         return
     assert run.returncode != 0, f"{name} went unnoticed"
-    noticed = ("race", "AssertionError", "barrier", "arrivals")
+    assert run.returncode != 2, run.stderr
+    noticed = ("RACE DETECTED", "found a race", "AssertionError", "barrier", "arrivals")
     assert any(word in run.stderr for word in noticed), f"{name} stopped for another reason:\n{run.stderr[-2000:]}"
