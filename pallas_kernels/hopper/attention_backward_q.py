@@ -174,6 +174,7 @@ def _producer(plan: Plan, refs: Refs, work: Work, visits: Visits) -> None:
 
 
 def _load(plan: Plan, refs: Refs, work: Work, visits: Visits) -> None:
+    refs = tails.of_entry(refs, work.b)
     for w in range(CONSUMERS):
         row = work.block * ROWS + w * 64
         refs.q_smem.load(refs.q_gmem, work.b, row, work.h, w, refs.q_full)

@@ -182,7 +182,7 @@ def _producer(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
 
 
 def _load(plan: Plan, refs: Refs, work: Work, walk: Walk) -> None:
-    t = plan.tile
+    t, refs = plan.tile, tails.of_entry(refs, work.b)
     row = work.block * t.block_kv
     refs.k_smem.load(refs.k_gmem, work.b, row, work.h, 0, refs.kv_full)
     refs.v_smem.load(refs.v_gmem, work.b, row, work.h, 0, refs.kv_full)

@@ -265,6 +265,7 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done: Done) -> Done:
     t = plan.tile
     place = _place(refs, work) if plan.has_places else None
     work, visits = _tile(plan, refs, work, place)
+    refs = tails.of_entry(refs, work.b)
     kv_head = lax.div(work.h, jnp.int32(plan.problem.group))
 
     q_slot = lax.rem(done.tiles, t.q_stages)

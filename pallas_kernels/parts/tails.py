@@ -36,8 +36,15 @@ def joined(gmem: dict[str, Any]) -> dict[str, Any]:
     starts = gmem.pop("tail_rows_gmem", None)
     for name in [name for name in gmem if name.endswith(_TAIL)]:
         whole = name.removesuffix(_TAIL)
-        gmem[whole] = tma.Ended(gmem[whole], gmem.pop(name), starts, _side(whole))
+        gmem[whole] = tma.Ended(gmem[whole], gmem.pop(name), starts.at[:, _side(whole)])
     return gmem
+
+
+def of_entry(refs, b):
+    """refs of a kernel before it copies from a batch entry: a read of global memory at each copy would be a wait."""
+    ended = {name: x for name, x in refs._asdict().items() if isinstance(x, tma.Ended)}
+    starts = {name: x.start[tma.batch_entry(x.start, b)] for name, x in ended.items()}
+    return refs._replace(**{name: x._replace(start=starts[name]) for name, x in ended.items()})
 
 
 def _side(name: str) -> int:

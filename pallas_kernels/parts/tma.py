@@ -72,9 +72,8 @@ class Ended(NamedTuple):
     """An array [B, S, heads, dim] in global memory, of which one block of rows is read from another, see `tails`."""
 
     whole: Any
-    tail: Any  # [B, rows of a tile, heads, dim]: the block that starts at row starts[b, side]
-    starts: Any  # [B|1, 2] int32
-    side: int
+    tail: Any  # [B, rows of a tile, heads, dim]: the block that starts at row `start`
+    start: Any  # int32 [B|1] in global memory; `tails.of_entry` reads that of the one that is to be copied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +100,7 @@ class Tiles:
             lax.fori_loop(0, self.type.chunks, lambda c, _: copy(source, row, c), None)
 
         if isinstance(source, Ended):
-            start = source.starts[batch_entry(source.starts, index), source.side]
-            lax.cond(row < start, lambda: copies(source.whole, row), lambda: copies(source.tail, row * 0))
+            lax.cond(row < source.start, lambda: copies(source.whole, row), lambda: copies(source.tail, row * 0))
         else:
             for c in range(self.type.chunks):
                 copy(source, row, c)

@@ -32,8 +32,8 @@ def complaints(shape: dict, options: dict, kernels: dict[str, Kernel], more_spil
     backward = (tiles.BACKWARD_WITH_BIAS if with_bias else tiles.BACKWARD)[D]
     if with_bias and options.get("deterministic"):
         backward = tiles.DETERMINISTIC_WITH_BIAS[D]
-    elif "alibi_slopes" in options and "sequences" in options:
-        backward = tiles.BACKWARD_WITH_POSITIONS[D]
+    elif "sequences" in options:
+        backward = (tiles.BACKWARD_WITH_POSITIONS if "alibi_slopes" in options else tiles.BACKWARD_PACKED)[D]
     limits = {  # bytes to spill, warpgroups
         "attention_forward": (forward.spill_bytes, forward.warpgroups + 1),
         "attention_backward": (backward.spill_bytes, 3),
