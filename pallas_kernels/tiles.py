@@ -88,13 +88,9 @@ DETERMINISTIC_WITH_BIAS = {  # not measured yet
     128: dataclasses.replace(BACKWARD[128], spill_bytes=72),
 }
 
-BACKWARD_PACKED = {  # not measured yet; ptxas serializes the wgmmas of the fused kernel at 64
+BACKWARD_WITH_POSITIONS = {  # not measured yet; ALiBi of packed sequences: a slope and a position for each query
     **BACKWARD,
     64: BACKWARD_WITH_BIAS[64],
-}
-
-BACKWARD_WITH_POSITIONS = {  # not measured yet; ALiBi of packed sequences: a slope and a position for each query
-    **BACKWARD_PACKED,
     128: dataclasses.replace(BACKWARD[128], spill_bytes=160),
     256: dataclasses.replace(BACKWARD[256], spill_bytes=60),
 }
@@ -125,8 +121,7 @@ def backward_tile(p: AttentionProblem) -> BackwardTile:
     if p.bias_shape is not None:
         table = DETERMINISTIC_WITH_BIAS if p.deterministic else BACKWARD_WITH_BIAS
     else:
-        packed = BACKWARD_WITH_POSITIONS if p.alibi else BACKWARD_PACKED
-        table = packed if p.key_ranges else BACKWARD
+        table = BACKWARD_WITH_POSITIONS if p.alibi and p.key_ranges else BACKWARD
     tile = table[max(padded(p.D), padded(p.Dv))]
     return dataclasses.replace(tile, dq_apart=tile.dq_apart or p.deterministic)
 

@@ -55,7 +55,6 @@ CASES = {
         dict(B=2, Sq=200, Sk=300, H=1, D=64, sinks=True),
         dict(deterministic=True, softcap=5.0, window=(90, 20), segment_ids=SEGMENTS),
     ),
-    "deterministic_D256": (dict(Sq=192, H=2, Hk=1, D=256), dict(causal=True, deterministic=True)),
     "deterministic_D192": (
         dict(Sq=150, Sk=130, H=2, Hk=1, D=192, Dv=128, sinks=True),
         dict(deterministic=True, softcap=5.0, window=(70, 30), alibi_slopes=jnp.array([0.3, 0.02])),

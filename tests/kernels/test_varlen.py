@@ -11,7 +11,7 @@ import pytest
 
 from jflash import _key_ranges, flash_attention_varlen
 from jflash._arguments import bind
-from pallas_kernels.hopper import attention_forward
+from pallas_kernels.hopper import attention_forward_plan
 from pallas_kernels.parts import ranges, schedule
 from tests.kernels.interpreted import hopper_on_the_cpu
 from tests.kernels.test_attention import OLD
@@ -112,7 +112,7 @@ def test_persistent_ctas_are_busy(causal):
     """Tiles of 16k tokens in sequences of very different lengths, each dealt once, and to all CTAs about as much."""
     lengths = np.diff([0, 911, 4879, 6137, 7683, 9203, 12185, 14519, 16384])
     problem, found = tables(lengths, lengths, 16384, H=16, causal=causal)
-    plan = attention_forward.make_plan(problem)
+    plan = attention_forward_plan.make_plan(problem)
     visits = ranges.table(found, plan.tile.rows, plan.tile.block_kv, problem.Sk)
     steps = np.sort(np.asarray(visits[0, :, 3] - visits[0, :, 0]))[::-1]
     dealt = [[plan.schedule.work(jnp.int32(n)) for n in cta if n >= 0] for cta in plan.table]
