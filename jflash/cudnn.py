@@ -30,10 +30,6 @@ def why_not(p: AttentionProblem, direction: str) -> str | None:
         (p.left is not None and p.right is None, f"window with left={p.left} needs right=0"),
         (masked and p.offset != 0, f"causal or window with Sq={p.Sq} and Sk={p.Sk} must be equal lengths"),
         (p.deterministic and direction == "backward", "deterministic=True is not in cuDNN"),
-        (
-            direction == "backward" and (p.Sq % 2 or p.Sk % 2),
-            f"Sq={p.Sq} and Sk={p.Sk} must be even for JAX to differentiate cuDNN's attention",
-        ),
         *((held, f"{name} is not in cuDNN") for name, held in _features(p).items()),
     )
     return next((reason for failed, reason in reasons if failed), None)
@@ -45,11 +41,11 @@ def forward(p: AttentionProblem, a: AttentionArrays) -> tuple[jax.Array, jax.Arr
 
 
 def backward(p: AttentionProblem, a: AttentionArrays, out, lse, d_out, d_lse) -> AttentionGradients:
-    """Gradients of q, k and v; by the xla backend where lse has a cotangent.
+    """Gradients of q, k and v; by the xla backend where lse has a cotangent, or where JAX would refuse odd lengths.
 
     Runs the forward again unless XLA sees that it ran in the same program.
     """
-    if p.lse_gradient:
+    if p.lse_gradient or p.Sq % 2 or p.Sk % 2:
         return xla.backward(p, a, out, lse, d_out, d_lse)
     _, pull = jax.vjp(lambda *qkv: _attend(p, *qkv), a.q, a.k, a.v)
     return AttentionGradients(*pull((d_out, jnp.zeros_like(d_lse))))

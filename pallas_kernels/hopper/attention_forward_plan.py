@@ -139,7 +139,7 @@ def scratch(plan: Plan) -> dict[str, Any]:
     t = plan.tile
     types = plan.tile_types
     with_q, with_k = query_rows.copies(plan.problem)
-    of_place = {"places_smem": plgpu.SMEM((t.q_stages, 32), jnp.int32)} if plan.has_places else {}
+    of_place = {"places_smem": plgpu.SMEM((t.q_stages, ranges.PLACE), jnp.int32)} if plan.has_places else {}
     return {
         **of_place,
         **{name: types[name].scratch for name in ("q_smem", "k_smem", "v_smem")},

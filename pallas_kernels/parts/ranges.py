@@ -15,6 +15,8 @@ from jax import lax
 
 from pallas_kernels.problem import AttentionProblem, CacheArrays
 
+PLACE = 32  # int32: TMA brings things to shared memory in steps of 128 bytes
+
 
 class Range(NamedTuple):
     lo: jax.Array
@@ -114,15 +116,12 @@ def visitors(visits: jax.Array, blocks: int) -> jax.Array:
 
 
 def places(visits: jax.Array) -> jax.Array:
-    """The rows of a `table`, the longest first, each with its number behind: int32 [B|1, query blocks, 32].
-
-    Of 128 bytes, which TMA can bring to a slot of shared memory.
-    """
+    """The rows of a `table`, the longest first, each with its number behind: int32 [B|1, query blocks, PLACE]."""
     numbers = lax.broadcasted_iota(jnp.int32, (*visits.shape[:2], 1), 1)
     rows = jnp.concatenate([visits, numbers], axis=2)
     fewer = jnp.broadcast_to(visits[..., :1] - visits[..., 3:], rows.shape)
     rows = lax.sort((fewer, rows), dimension=1, num_keys=1)[1]
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, 32 - rows.shape[2])))
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, PLACE - rows.shape[2])))
 
 
 def longest_first(lo: jax.Array, hi: jax.Array) -> jax.Array:

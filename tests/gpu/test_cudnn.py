@@ -13,6 +13,7 @@ CASES = {
     "causal": (dict(B=2, Sq=510, H=4, Hk=2, D=64), dict(causal=True)),
     "window": (dict(B=2, Sq=700, H=2, D=128), dict(window=(100, 0))),
     "more_keys": (dict(B=1, Sq=100, Sk=334, H=2, D=96), {}),
+    "odd": (dict(B=2, Sq=509, H=4, Hk=2, D=64), dict(causal=True)),
     "D256": (dict(B=1, Sq=300, H=2, D=256), dict(causal=True)),
 }
 
@@ -25,7 +26,7 @@ def test_matches_oracle(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_its_own_backward_matches_that_of_xla(name):
-    """No cotangent for lse, so this is cuDNN's backward."""
+    """No cotangent for lse, so this is cuDNN's backward, but for odd lengths."""
     shape, options = CASES[name]
     x = inputs(1, jnp.bfloat16, **shape)
     d_out = np.random.default_rng(2).normal(size=(*x["q"].shape[:3], shape["D"]))

@@ -64,7 +64,7 @@ def test_gradients_are_those_of_the_forward():
         assert jnp.abs(grad - expected[name]).max() <= 0.01 * jnp.abs(expected[name]).max(), name
 
 
-def custom_calls(differentiate_lse=False, **options) -> list[tuple[str, dict]]:
+def custom_calls(differentiate_lse=False, shape=SHAPE, **options) -> list[tuple[str, dict]]:
     """The name and the settings of each custom call of a forward and backward on an A100."""
 
     def loss(q, k, v):
@@ -76,7 +76,7 @@ def custom_calls(differentiate_lse=False, **options) -> list[tuple[str, dict]]:
         stack.enter_context(on("sm_80"))
         for name, answer in checks.items():
             stack.enter_context(mock.patch.object(fused, name, return_value=answer))
-        traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(SHAPE, SHAPE, SHAPE)
+        traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(shape, shape, shape)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     found = re.findall(r'custom_call @(__cudnn\$\w+)\(.*?backend_config = "([^"]*)"', text)
     return [(name, json.loads(_plain(config))["cudnn_fmha_backend_config"]) for name, config in found]
@@ -99,6 +99,11 @@ def test_lowers_to_cudnn_s_own_mask(name, mask, window):
         assert config.get("sliding_window_length") == window
 
 
+def test_odd_lengths_have_the_gradients_of_xla():
+    calls = custom_calls(shape=jax.ShapeDtypeStruct((2, 127, 4, 64), jnp.bfloat16), causal=True)
+    assert [name for name, _ in calls] == ["__cudnn$fmhaSoftmax"]
+
+
 def test_a_gradient_through_lse_is_not_dropped():
     calls = custom_calls(differentiate_lse=True)
     assert [name for name, _ in calls] == ["__cudnn$fmhaSoftmax"]
@@ -115,8 +120,6 @@ REASONS = {
     "window with left=9 needs right=0": {"window": (9, None)},
     "causal or window with Sq=128 and Sk=100 must be equal lengths": {"Sk": 100, "causal": True},
     "deterministic=True is not in cuDNN": {"deterministic": True},
-    "Sq=128 and Sk=101 must be even for JAX to differentiate cuDNN's attention": {"Sk": 101},
-    "Sq=99 and Sk=128 must be even for JAX to differentiate cuDNN's attention": {"Sq": 99},
     "softcap is not in cuDNN": {"softcap": 5.0},
     "bias is not in cuDNN": {"bias": jnp.zeros((128, 128))},
     "mask is not in cuDNN": {"mask": jnp.ones((128, 128), bool)},
@@ -140,12 +143,10 @@ def test_reasons(reason):
 def test_takes():
     assert why_not() is why_not(causal=True) is why_not(window=(9, 0)) is why_not(Sk=100) is None
     assert why_not(D=256, target="sm_120") is None
-    assert why_not(Sq=99, Sk=101, direction="forward") is None
+    assert why_not(Sq=99, Sk=101) is None
 
 
 def test_other_gpus_use_it():
     assert "cudnn      forward   used" in jflash.explain(SHAPE, SHAPE, SHAPE, target="sm_80", causal=True)
     assert "hopper     forward   used" in jflash.explain(SHAPE, SHAPE, SHAPE, target="sm_90", causal=True)
     assert "xla        backward  used" in jflash.explain(SHAPE, SHAPE, SHAPE, target="sm_80", softcap=3.0)
-    odd = jax.ShapeDtypeStruct((2, 127, 4, 64), jnp.bfloat16)
-    assert "cudnn      forward   can, but only forward" in jflash.explain(odd, odd, odd, target="sm_80")
