@@ -52,7 +52,7 @@ class QueryGradientTile:
     v_stages: int = 2
 
 
-# TF/s full / causal at B2 S8192, bf16, H100 80GB HBM3, from bench/results/h100-attention.json.
+# TF/s full / causal at B2 S8192, bf16, H100 80GB HBM3, from bench/results/h100-attention.json: with one slot for Q.
 FORWARD = {
     64: ForwardTile(  # 551 / 490
         block_kv=128, warpgroups=3, stages=3, registers=160, producer_registers=32
