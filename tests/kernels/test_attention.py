@@ -123,9 +123,10 @@ def test_float16():
 
 @pytest.mark.skipif(OLD, reason="slow on this JAX")
 @pytest.mark.parametrize(
-    ("D", "options"), [(64, {"segment_ids": jnp.arange(384)[None] // 99}), (128, {"causal": True})]
+    ("D", "Dv", "options"),
+    [(64, 64, {"segment_ids": jnp.arange(384)[None] // 99}), (128, 128, {"causal": True}), (192, 128, {})],
 )
-def test_a_cta_takes_several_tiles(D, options):
+def test_a_cta_takes_several_tiles(D, Dv, options):
     """As on a GPU with two SMs."""
     with mock.patch.object(schedule, "SMS", 2), hopper_on_the_cpu():
-        assert_matches_oracle(inputs(2, jnp.bfloat16, Sq=384, H=2, D=D), options, "hopper")
+        assert_matches_oracle(inputs(2, jnp.bfloat16, Sq=384, H=2, D=D, Dv=Dv), options, "hopper")
