@@ -124,7 +124,11 @@ def test_float16():
 @pytest.mark.skipif(OLD, reason="slow on this JAX")
 @pytest.mark.parametrize(
     ("D", "Dv", "options"),
-    [(64, 64, {"segment_ids": jnp.arange(384)[None] // 99}), (128, 128, {"causal": True}), (192, 128, {})],
+    [
+        (64, 64, {"segment_ids": jnp.arange(384)[None] // 99}),
+        (128, 128, {"causal": True}),
+        pytest.param(192, 128, {}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_cta_takes_several_tiles(D, Dv, options):
     """As on a GPU with two SMs."""

@@ -14,7 +14,17 @@ PATIENCE = 150  # seconds; a run takes about ten, and one that hangs has been no
 SEES_RACES = jax.__version_info__ >= (0, 12)
 
 
-@pytest.mark.parametrize("name", BUGS)
+# What the others show too.
+SLOW = {
+    "forward_old_sum_not_faded",
+    "backward_delta_dropped",
+    "forward_slot_refilled_early",
+    "backward_q_released_early",
+}
+SLOW |= {"forward_k_not_awaited", "forward_output_not_fenced"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in BUGS])
 def test_is_noticed(name):
     if not SEES_RACES and not BUGS[name].numbers:
         pytest.skip("needs the race detector of JAX 0.12")
