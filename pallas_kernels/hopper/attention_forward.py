@@ -82,21 +82,18 @@ def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     lax.cond(wg < plan.tile.warpgroups, consume, produce)
 
 
-def _place(refs: Refs, work: Work):
-    """Where global memory says which rows a tile has and which keys these visit, if it does."""
-    return refs.places_gmem.at[tma.batch_entry(refs.places_gmem, work.b), work.block]
-
-
 def _tile(plan: Plan, refs: Refs, work: Work, place) -> tuple[Work, sparsity.Visits]:
-    """The rows of a tile and their key blocks: at least one, wholly masked if need be, so that no role has an
-    empty case. place: what says so of a plan that `has_places`."""
+    """The rows of a tile and their key blocks: at least one, wholly masked if need be, so no role has an empty case.
+
+    place: where a plan that `has_places` has them written, else None.
+    """
     t = plan.tile
-    if plan.has_places:
-        *keys, block = (place[n] for n in range(5))
-        keys, work = ranges.Range(*keys), work._replace(block=block)
-    else:
+    if place is None:
         work = schedule.placed(work, refs.order_gmem)
         keys = query_rows.key_blocks(plan.problem, refs, work, t.rows, t.block_kv)
+    else:
+        *keys, block = (place[n] for n in range(5))
+        keys, work = ranges.Range(*keys), work._replace(block=block)
     last = jnp.minimum(keys.lo, -(-plan.problem.Sk // t.block_kv) - 1)
     keys = keys._replace(lo=last, hi=jnp.maximum(keys.hi, last + 1))
     return work, sparsity.visits(plan.problem, refs, work, keys, least=1)
@@ -122,7 +119,9 @@ def _producer(plan: Plan, refs: Refs, cta) -> None:
 def _load_tile(plan: Plan, refs: Refs, work: Work, done: Done) -> Done:
     """Copies the operands of a tile."""
     t = plan.tile
-    place = _place(refs, work) if plan.has_places else None
+    place = None
+    if plan.has_places:
+        place = refs.places_gmem.at[tma.batch_entry(refs.places_gmem, work.b), work.block]
     work, visits = _tile(plan, refs, work, place)
     refs = tails.of_entry(refs, work.b)
     kv_head = lax.div(work.h, jnp.int32(plan.problem.group))
@@ -178,7 +177,7 @@ def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done: Done) -> Done:
     t = plan.tile
     q_slot = lax.rem(done.tiles, t.q_stages)
     plgpu.barrier_wait(refs.q_full.at[q_slot])
-    work, visits = _tile(plan, refs, work, None if refs.places_smem is None else refs.places_smem.at[q_slot])
+    work, visits = _tile(plan, refs, work, refs.places_smem.at[q_slot] if plan.has_places else None)
     n = q_slot * t.warpgroups + wg
     queries = query_rows.read(refs, work, n, work.block * t.rows + wg * 64, visits.range)
     drop = dropping.read_rows(refs, n)

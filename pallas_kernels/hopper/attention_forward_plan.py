@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
-from pallas_kernels.parts import query_rows, ranges, schedule, sparsity, tma
+from pallas_kernels.parts import barriers, query_rows, ranges, schedule, sparsity, tma
 from pallas_kernels.parts.barriers import NamedBarrier
 from pallas_kernels.parts.schedule import Schedule
 from pallas_kernels.problem import AttentionProblem
@@ -32,8 +32,7 @@ class Plan:
 
     @property
     def turn(self) -> NamedBarrier:
-        """Whose turn at the tensor cores it is: one barrier a consumer, between it and the one before it."""
-        return NamedBarrier(index=0, threads=256, count=self.tile.warpgroups, interpret=self.interpret)
+        return barriers.turns(self.tile.warpgroups, self.interpret)
 
     @property
     def takes_turns(self) -> bool:

@@ -246,20 +246,14 @@ def _work(plan: Plan, refs: Refs, cta) -> Work:
     start = jnp.int32(0) if refs.starts_gmem is None else refs.starts_gmem[b]
     end = jnp.minimum(refs.ends_gmem[b], p.Sk)  # of an entry that breaks a rule it may be any
     # Limits rise from query to query, so the first and the last one have the extremes.
-    (first, last_first), (first_last, last) = zip(*(_limits(p, end + n, start, end) for n in (-p.Sq, -1)), strict=True)
+    extremes = (ranges.in_window(p, end + n, start, end) for n in (-p.Sq, -1))
+    (first, last_first), (first_last, last) = zip(*extremes, strict=True)
     keys = ranges.between(first, last_first, first_last, last, BLOCK_KEYS, -(-p.Sk // BLOCK_KEYS))
     most = lax.div(keys.hi - keys.lo + plan.splits - 1, jnp.int32(plan.splits))
     block = keys.lo + split * most
     steps = jnp.clip(keys.hi - block, 0, most)
     full = keys.full_lo, keys.full_hi
     return Work(b, h, row_block * ROWS, split, block, steps, (start, end), (first, last), full)
-
-
-def _limits(p: AttentionProblem, position, start, end) -> tuple:
-    """The first and the last key that a query at a position sees."""
-    first = start if p.left is None else jnp.maximum(start, position - p.left)
-    last = end - 1 if p.right is None else jnp.minimum(end - 1, position + p.right)
-    return first, last
 
 
 class Rows(NamedTuple):
@@ -280,7 +274,7 @@ def _rows(plan: Plan, refs: Refs, work: Work) -> Rows:
     if refs.slopes_gmem is not None:
         slopes = refs.slopes_gmem.at[tma.batch_entry(refs.slopes_gmem, work.b), work.h, pl.ds(work.row, ROWS)]
         slope = _compat.load(slopes, softmax.ROWS, optimized=False)
-    first, last = _limits(p, position, start, end)
+    first, last = ranges.in_window(p, position, start, end)
     return Rows(first, last, position, slope)
 
 

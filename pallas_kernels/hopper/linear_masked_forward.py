@@ -47,8 +47,7 @@ class Plan:
 
     @property
     def turn(self) -> NamedBarrier:
-        """Whose turn at the tensor cores it is: one barrier a consumer, between it and the one before it."""
-        return NamedBarrier(index=0, threads=256, count=self.tile.warpgroups, interpret=self.interpret)
+        return barriers.turns(self.tile.warpgroups, self.interpret)
 
     @property
     def steps(self) -> int:

@@ -58,6 +58,11 @@ class NamedBarrier:
         self.wait(ref)
 
 
+def turns(consumers: int, interpret: Interpret) -> NamedBarrier:
+    """Whose turn at the tensor cores it is: one barrier a consumer, between it and the one before it."""
+    return NamedBarrier(index=0, threads=256, count=consumers, interpret=interpret)
+
+
 def warpgroups(consumers: int, roles: int, interpret: Interpret) -> int:
     """Warpgroups to launch: roles share one, but the interpreter has no warps and gives each its own."""
     return consumers + (roles if interpret is not None else 1)

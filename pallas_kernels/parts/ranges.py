@@ -60,12 +60,19 @@ def limited(p: AttentionProblem, position: jax.Array, first: jax.Array, end: jax
 
     The last key of one that sees nothing is -1.
     """
-    position, first, last = jnp.broadcast_arrays(position, first, end - 1)
+    position, first, end = jnp.broadcast_arrays(position, first, end)
+    first, last = in_window(p, position, first, end)
+    return jnp.stack([first, jnp.where(first <= last, last, -1), position], axis=1).astype(jnp.int32)
+
+
+def in_window(p: AttentionProblem, position, first, end) -> tuple:
+    """The first and the last of the keys [first, end) that a query at a position sees; if none, they cross."""
+    last = end - 1
     if p.left is not None:
         first = jnp.maximum(first, position - p.left)
     if p.right is not None:
         last = jnp.minimum(last, position + p.right)
-    return jnp.stack([first, jnp.where(first <= last, last, -1), position], axis=1).astype(jnp.int32)
+    return first, last
 
 
 def of_cache(p: AttentionProblem, a: CacheArrays) -> jax.Array:

@@ -83,17 +83,15 @@ def placed(work: Work, order_gmem) -> Work:
 
 
 def for_each_tile(plan: Schedule, table_gmem, cta, take: Callable, start: Any = 0) -> Any:
-    """Runs done = take(work, done) over the tiles of a CTA, with `start` for the first; returns the last."""
-    start = jax.tree.map(jnp.int32, start)
-    if not plan.persistent:
-        return take(plan.work(cta), start)
+    """Runs done = take(work, done) over the tiles of a persistent CTA, with `start` for the first; returns the last."""
 
     def step(carry):
         turn, index, done = carry
         following = table_gmem[cta, turn + 1]  # read ahead of its use
         return turn + 1, following, take(plan.work(index), done)
 
-    return lax.while_loop(lambda carry: carry[1] >= 0, step, (jnp.int32(0), table_gmem[cta, 0], start))[2]
+    carry = jnp.int32(0), table_gmem[cta, 0], jax.tree.map(jnp.int32, start)
+    return lax.while_loop(lambda carry: carry[1] >= 0, step, carry)[2]
 
 
 def section(heads: int, group: int, bytes_per_group: int, budget: int = 32 * 2**20) -> int:

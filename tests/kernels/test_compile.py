@@ -64,7 +64,7 @@ def complaints(shape: dict, options: dict, kernels: dict[str, Kernel], more_spil
 def test_ptxas_has_no_complaint(name):
     shape, options = CALLS[name]
     found = complaints(shape, options, compiled(shape, options), MORE_SPILLS.get(name, 0))
-    assert [x for x in found if not (name in SERIALIZED and "C7512" in x)] == []
+    assert [x for x in found if not (name in SERIALIZED and x.startswith("attention_backward: (C7512)"))] == []
 
 
 @pytest.mark.parametrize("tile", [*tiles.FORWARD.values(), *tiles.BACKWARD.values()], ids=str)
