@@ -57,10 +57,10 @@ class MaskGradientTile:
 
 
 FORWARD = {
-    (64, 2): MaskedForward(together=2, mask_stages=1, q_stages=2, spill_bytes=224),
-    (64, 4): MaskedForward(together=2, mask_stages=1, spill_bytes=240),
+    (64, 2): MaskedForward(together=2, block_kv=64, stages=3, mask_stages=3, q_stages=2),
+    (64, 4): MaskedForward(together=2, block_kv=64, stages=3, q_stages=2),
     (128, 2): MaskedForward(),
-    (128, 4): MaskedForward(mask_stages=1, spill_bytes=48),
+    (128, 4): MaskedForward(block_kv=64, mask_stages=3),
 }
 
 BACKWARD = {

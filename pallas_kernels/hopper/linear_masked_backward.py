@@ -25,7 +25,7 @@ from pallas_kernels.hopper import attention_backward
 from pallas_kernels.hopper.attention_backward import CONSUMERS
 from pallas_kernels.hopper.attention_dq import attention_dq
 from pallas_kernels.masked_tiles import MaskedBackward
-from pallas_kernels.parts import barriers, descriptors, schedule, shared_mask, tma
+from pallas_kernels.parts import barriers, descriptors, shared_mask, tma
 from pallas_kernels.parts.key_rows import Walk
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Schedule, Work
@@ -117,7 +117,7 @@ def make_plan(p: LinearProblem, mask_dtype, interpret: _compat.Interpret = None)
         batch=shared.masks,
         heads=shared.each,
         blocks=-(-p.Sk // tile.block_kv),
-        section=schedule.section(p.B * p.H, 1, p.Sq * (2 * (p.D + p.Dv) + 4 * p.D), budget=40 * 2**20),
+        section=shared_mask.section(p, mask_dtype, p.B * p.H, p.Sq * (2 * (p.D + p.Dv) + 4 * p.D), budget=40 * 2**20),
     )
     return Plan(problem, tile, order, tma.is_ragged(problem), interpret, p, shared, jnp.dtype(mask_dtype).name)
 

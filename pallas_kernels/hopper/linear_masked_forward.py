@@ -66,9 +66,9 @@ class Plan:
         """The tile of Q of a consumer and an entry."""
         return (self.q_slot(done) * self.tile.warpgroups + wg) * self.tile.together + g
 
-    def first_row(self, work: Work):
-        """Of this CTA's tile."""
-        return (work.block * self.tile.cluster + cluster.member(self.tile.cluster)) * self.tile.rows
+    def first_row(self, work: Work, member):
+        """Of the tile of a member of the cluster."""
+        return (work.block * self.tile.cluster + member) * self.tile.rows
 
     def tile_types(self) -> dict[str, tma.TileType]:
         p, t = self.problem, self.tile
@@ -142,7 +142,9 @@ def make_plan(p: LinearProblem, mask_dtype, interpret: _compat.Interpret = None)
         batch=shared.masks,
         heads=groups,
         blocks=blocks // tile.cluster,
-        section=schedule.section(shared.masks * groups, 1, 2 * p.Sk * (p.D + p.Dv) * tile.together),
+        section=shared_mask.section(
+            p, mask_dtype, shared.masks * groups, 2 * p.Sk * (p.D + p.Dv) * tile.together, budget=32 * 2**20
+        ),
         persistent=True,
         cluster=tile.cluster,
     )
@@ -170,26 +172,28 @@ def _scratch(plan: Plan) -> dict[str, Any]:
 def _kernel(plan: Plan, *gmem, **scratch) -> None:
     views = {name: x.view(scratch[name]) for name, x in plan.tile_types().items()}
     refs = Refs(*gmem, **{**scratch, **views})
-    cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    consume = functools.partial(_consumer, plan, refs, cta, wg)
-    produce = functools.partial(_producer, plan, refs, cta)
+    cta, member, wg = lax.axis_index("cta"), cluster.member(plan.tile.cluster), lax.axis_index("wg")
+    consume = functools.partial(_consumer, plan, refs, cta, member, wg)
+    produce = functools.partial(_producer, plan, refs, cta, member)
     lax.cond(wg < plan.tile.warpgroups, consume, produce)
 
 
-def _producer(plan: Plan, refs: Refs, cta) -> None:
+def _producer(plan: Plan, refs: Refs, cta, member) -> None:
     plgpu.set_max_registers(plan.tile.producer_registers, action="decrease")
+    load = functools.partial(_load_tile, plan, refs, member)
 
     def role():
-        done = schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, functools.partial(_load_tile, plan, refs))
+        done = schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, load)
         for slots in (refs.k_empty, refs.v_empty):
             cluster.leave(plan.tile.cluster, slots, done, plan.tile.stages)
 
     barriers.in_warps([role], 0, plan.interpret)
 
 
-def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
+def _load_tile(plan: Plan, refs: Refs, member, work: Work, done) -> jax.Array:
     """Copies the operands of a tile; `done` counts the key blocks of earlier tiles, which fix ring slots."""
-    t, entries, first, along = plan.tile, plan.entries(work), plan.first_row(work), cluster.axis(plan.tile.cluster)
+    t, entries, first = plan.tile, plan.entries(work), plan.first_row(work, member)
+    along = cluster.axis(t.cluster)
     q_slot = plan.q_slot(done)
     pl.when(done >= t.q_stages * plan.steps)(lambda: plgpu.barrier_wait(refs.q_empty.at[q_slot]))
     for w in range(t.warpgroups):
@@ -224,11 +228,12 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
     return done + steps
 
 
-def _consumer(plan: Plan, refs: Refs, cta, wg) -> None:
+def _consumer(plan: Plan, refs: Refs, cta, member, wg) -> None:
     plgpu.set_max_registers(plan.tile.registers, action="increase")
     if plan.tile.turns:
         pl.when(wg == 0)(lambda: plan.turn.arrive(refs.turn, 0))
-    schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, functools.partial(_attend_tile, plan, refs, wg))
+    attend = functools.partial(_attend_tile, plan, refs, member, wg)
+    schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, attend)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -246,7 +251,7 @@ class Carry(NamedTuple):
     weights: jax.Array  # [64, block_kv] in the input dtype
 
 
-def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
+def _attend_tile(plan: Plan, refs: Refs, member, wg, work: Work, done) -> jax.Array:
     """Outputs of this consumer's 64 rows; returns the key blocks done so far."""
     early = plan.tile.q_stages == 1  # the next Q has no other place to come to
     rows = Rows(wg, done)
@@ -264,7 +269,7 @@ def _attend_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
     for g in range(1, plan.tile.together):
         carry, mask = _advance(plan, refs, rows, 0, g, carry, mask)
     carry = lax.fori_loop(1, plan.steps, step, carry)
-    _write(plan, refs, rows, work, _last(plan, refs, rows, carry))
+    _write(plan, refs, rows, work, plan.first_row(work, member) + wg * 64, _last(plan, refs, rows, carry))
     if early:
         _give_back(plan, refs, done)
     return done + plan.steps
@@ -362,13 +367,12 @@ def _weights(plan: Plan, s: jax.Array, mask: jax.Array) -> jax.Array:
     return (s * mask.astype(jnp.float32)).astype(plan.problem.dtype)
 
 
-def _write(plan: Plan, refs: Refs, rows: Rows, work: Work, sums: tuple[jax.Array, ...]) -> None:
-    """Sums -> outputs, through the memory of Q; the copy runs on."""
+def _write(plan: Plan, refs: Refs, rows: Rows, work: Work, row, sums: tuple[jax.Array, ...]) -> None:
+    """Sums -> outputs from `row` on, through the memory of Q; the copy runs on."""
     p = plan.problem
     tiles_of = [plan.q_tile(rows.done, rows.wg, g) for g in range(len(sums))]
     for n, total in zip(tiles_of, sums, strict=True):
         refs.q_smem.write(n, (total * p.scale).astype(p.dtype))
     plgpu.commit_smem()
-    row = plan.first_row(work) + rows.wg * 64
     for n, (b, h) in zip(tiles_of, plan.entries(work), strict=True):
         refs.q_smem.store(refs.out_gmem, b, row, h, n)

@@ -42,6 +42,7 @@ class Plan:
     sharing: Sharing
     parts: int
     schedule: Schedule
+    sum_dtype: Any
     interpret: _compat.Interpret
 
     @property
@@ -52,7 +53,10 @@ class Plan:
     def tile_types(self) -> dict[str, tma.TileType]:
         p, n = self.problem, self.tile.stages
         rest = tiles.padded(p.D), jnp.dtype(p.dtype), tma.is_ragged(p), self.interpret
-        return {"row_smem": tma.TileType(n * CONSUMERS, 64, *rest), "column_smem": tma.TileType(n, BLOCK, *rest)}
+        found = {"row_smem": tma.TileType(n * CONSUMERS, 64, *rest), "column_smem": tma.TileType(n, BLOCK, *rest)}
+        if self.sum_dtype.itemsize == 2:
+            found["sum_smem"] = tma.TileType(CONSUMERS, 64, BLOCK, self.sum_dtype, False, self.interpret)
+        return found
 
 
 class Refs(NamedTuple):
@@ -63,26 +67,26 @@ class Refs(NamedTuple):
     v_gmem: Any
     do_gmem: Any
     table_gmem: Any
-    sum_gmem: Any  # [masks * parts, rows, columns]
+    sum_gmem: Any  # [masks * parts, rows, 1, columns]
     row_smem: Any  # q or dO
     column_smem: Any  # k or v
     full: Any
     empty: Any
+    sum_smem: Any = None  # of 16 bits, see `_write`
 
 
 def linear_masked_gradient(
     p: LinearProblem, a: LinearArrays, d_out: jax.Array, *, interpret: _compat.Interpret = None
 ) -> jax.Array:
     """dM in the mask's shape and dtype."""
-    plan = make_plan(p, interpret)
+    plan = make_plan(p, a.mask.dtype, interpret)
     q, k, v, d_out = (tma.fit(x, BLOCK) for x in (a.q, a.k, a.v, d_out))
     blocks = plan.schedule.heads * plan.tile.cluster, plan.schedule.blocks
-    narrow = plan.parts == 1 and a.mask.dtype in (jnp.bfloat16, jnp.float16)
-    shape = plan.schedule.batch, *(n * BLOCK for n in blocks)
+    shape = plan.schedule.batch, blocks[0] * BLOCK, 1, blocks[1] * BLOCK
     kernel = _compat.kernel(
         functools.partial(_kernel, plan),
         name="linear_masked_gradient",
-        out_type=jax.ShapeDtypeStruct(shape, a.mask.dtype if narrow else jnp.float32),
+        out_type=jax.ShapeDtypeStruct(shape, plan.sum_dtype),
         scratch=_scratch(plan),
         grid=(plan.schedule.ctas,),
         grid_names=("cta",),
@@ -91,12 +95,12 @@ def linear_masked_gradient(
         interpret=interpret,
     )
     sums = kernel(q, k, v, d_out, plan.schedule.table(np.ones(plan.schedule.blocks)))
-    sums = sums.reshape(plan.sharing.of_batch, plan.sharing.of_heads, plan.parts, *shape[1:])
+    sums = sums.reshape(plan.sharing.of_batch, plan.sharing.of_heads, plan.parts, shape[1], shape[3])
     total = sums[:, :, 0] if plan.parts == 1 else sums.sum(axis=2)
     return total[:, :, : p.Sq, : p.Sk].astype(a.mask.dtype)
 
 
-def make_plan(p: LinearProblem, interpret: _compat.Interpret = None) -> Plan:
+def make_plan(p: LinearProblem, mask_dtype, interpret: _compat.Interpret = None) -> Plan:
     shared = shared_mask.sharing(p)
     rows, columns = -(-p.Sq // BLOCK), -(-p.Sk // BLOCK)
     parts = _parts(shared.masks * rows * columns, shared.each)
@@ -111,7 +115,9 @@ def make_plan(p: LinearProblem, interpret: _compat.Interpret = None) -> Plan:
         persistent=True,
         cluster=tile.cluster,
     )
-    return Plan(p, tile, shared, parts, order, interpret)
+    narrow = parts == 1 and jnp.dtype(mask_dtype) in (jnp.bfloat16, jnp.float16)
+    sum_dtype = jnp.dtype(mask_dtype if narrow else jnp.float32)
+    return Plan(p, tile, shared, parts, order, sum_dtype, interpret)
 
 
 def _parts(count: int, entries: int) -> int:
@@ -132,26 +138,27 @@ def _scratch(plan: Plan) -> dict[str, Any]:
 def _kernel(plan: Plan, *gmem, **scratch) -> None:
     views = {name: x.view(scratch[name]) for name, x in plan.tile_types().items()}
     refs = Refs(*gmem, **{**scratch, **views})
-    cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    consume = functools.partial(_consumer, plan, refs, cta, wg)
-    produce = functools.partial(_producer, plan, refs, cta)
+    cta, member, wg = lax.axis_index("cta"), cluster.member(plan.tile.cluster), lax.axis_index("wg")
+    consume = functools.partial(_consumer, plan, refs, cta, member, wg)
+    produce = functools.partial(_producer, plan, refs, cta, member)
     lax.cond(wg < CONSUMERS, consume, produce)
 
 
-def _producer(plan: Plan, refs: Refs, cta) -> None:
+def _producer(plan: Plan, refs: Refs, cta, member) -> None:
     plgpu.set_max_registers(plan.tile.producer_registers, action="decrease")
+    load = functools.partial(_load_tile, plan, refs, member)
 
     def role():
-        done = schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, functools.partial(_load_tile, plan, refs))
+        done = schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, load)
         cluster.leave(plan.tile.cluster, refs.empty, done, plan.tile.stages)
 
     barriers.in_warps([role], 0, plan.interpret)
 
 
-def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
+def _load_tile(plan: Plan, refs: Refs, member, work: Work, done) -> jax.Array:
     """Copies the factors of a tile's entries; `done` counts the slots of earlier tiles."""
     t, p = plan.tile, plan.problem
-    first, shared_along = _first_row(plan, work), cluster.axis(t.cluster)
+    first, shared_along = _first_row(plan, work, member), cluster.axis(t.cluster)
     m, part = lax.div(work.b, jnp.int32(plan.parts)), lax.rem(work.b, jnp.int32(plan.parts))
 
     def load(n, rows_gmem, columns_gmem, b, h):
@@ -173,23 +180,37 @@ def _load_tile(plan: Plan, refs: Refs, work: Work, done) -> jax.Array:
     return done + 2 * plan.entries
 
 
-def _first_row(plan: Plan, work: Work):
-    """Of this CTA's tile."""
-    return (work.h * plan.tile.cluster + cluster.member(plan.tile.cluster)) * BLOCK
+def _first_row(plan: Plan, work: Work, member):
+    """Of the tile of a member of the cluster."""
+    return (work.h * plan.tile.cluster + member) * BLOCK
 
 
-def _consumer(plan: Plan, refs: Refs, cta, wg) -> None:
+def _consumer(plan: Plan, refs: Refs, cta, member, wg) -> None:
     plgpu.set_max_registers(plan.tile.registers, action="increase")
-    schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, functools.partial(_sum_tile, plan, refs, wg))
+    add = functools.partial(_sum_tile, plan, refs, member, wg)
+    schedule.for_each_tile(plan.schedule, refs.table_gmem, cta, add)
+    plgpu.wait_smem_to_gmem(0)
 
 
-def _sum_tile(plan: Plan, refs: Refs, wg, work: Work, done) -> jax.Array:
+def _sum_tile(plan: Plan, refs: Refs, member, wg, work: Work, done) -> jax.Array:
     """This consumer's rows of a tile of dM; returns the slots taken so far."""
     zero = plgpu.layout_cast(jnp.zeros((64, BLOCK), jnp.float32), plgpu.Layout.WGMMA)
     total = lax.fori_loop(0, plan.entries, functools.partial(_add_entry, plan, refs, wg, done), zero)
-    rows, columns = pl.ds(_first_row(plan, work) + wg * 64, 64), pl.ds(work.block * BLOCK, BLOCK)
-    refs.sum_gmem[work.b, rows, columns] = (total * plan.problem.scale).astype(refs.sum_gmem.dtype)
+    row = _first_row(plan, work, member) + wg * 64
+    _write(refs, wg, work, row, (total * plan.problem.scale).astype(plan.sum_dtype))
     return done + 2 * plan.entries
+
+
+def _write(refs: Refs, wg, work: Work, row, total: jax.Array) -> None:
+    """16 bits by TMA, for from registers they would be halves of sectors; of 32 bits whole ones, and no room beside."""
+    column = work.block * BLOCK
+    if refs.sum_smem is None:
+        refs.sum_gmem[work.b, pl.ds(row, 64), 0, pl.ds(column, BLOCK)] = total
+        return
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    refs.sum_smem.write(wg, total)
+    plgpu.commit_smem()
+    refs.sum_smem.store(refs.sum_gmem, work.b, row, 0, wg, column=column)
 
 
 def _add_entry(plan: Plan, refs: Refs, wg, done, n, total) -> jax.Array:

@@ -11,8 +11,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import Interpret
-from pallas_kernels.parts import tma
+from pallas_kernels.parts import schedule, tma
 from pallas_kernels.problem import LinearProblem
+
+_STAYS = 16 * 2**20  # bytes of a mask that L2 keeps anyway
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,17 @@ class Sharing:
 def sharing(p: LinearProblem) -> Sharing:
     assert p.mask_shape is not None
     return Sharing(p.B, p.H, *p.mask_shape[:2])
+
+
+def section(p: LinearProblem, mask_dtype, heads: int, bytes_per_head: int, budget: int) -> int:
+    """How many of the heads are worked on side by side, which read a part of the mask at about the same time.
+
+    One, where its reads of its own operands are what L2 can save: the mask is short, or no two entries share it.
+    """
+    assert p.mask_shape is not None
+    if sharing(p).each == 1 or p.Sq * p.Sk * jnp.dtype(mask_dtype).itemsize <= _STAYS:
+        return 1
+    return schedule.section(heads, 1, bytes_per_head, budget)
 
 
 def operand_head(p: LinearProblem, gmem, h) -> jax.Array:
