@@ -17,6 +17,7 @@ class ForwardTile:
     registers: int = 240  # of a consumer
     producer_registers: int = 24
     q_stages: int = 2  # tiles of Q in shared memory; the output of each leaves through its Q
+    pinned: bool = False  # P(j) is formed ahead of the wait for P(j-1) V(j-1), where ptxas would move it behind
     lazy: bool = False  # the output fades only when scores grow a lot: worth a branch where it is wide
     spill_bytes: int = 0  # what ptxas may spill; the compile test fails above it
 
@@ -59,7 +60,7 @@ FORWARD = {
     ),
     128: ForwardTile(block_kv=128),  # 660 / 615
     192: ForwardTile(block_kv=64, lazy=True),  # 634 / 545 at B4 S4096, before `lazy`
-    256: ForwardTile(block_kv=64, q_stages=1, lazy=True, spill_bytes=72),  # 749 / 683
+    256: ForwardTile(block_kv=64, q_stages=1, pinned=True, lazy=True, spill_bytes=72),  # 749 / 683
 }
 
 FORWARD_WITH_BIAS = {  # measured at 128 only: 300 causal at B4 S4096; a bias takes as many registers as the scores

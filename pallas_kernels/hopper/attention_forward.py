@@ -255,6 +255,8 @@ def _step(plan: Plan, refs: Refs, rows: Rows, step, carry: Carry) -> Carry:
         keys = query_rows.key_block(refs, rows, step, k_slot, t.block_kv, plan.interpret)
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
         state, weights, fade = _softmax(plan, refs, rows, keys, carry.state, s)
+        if t.pinned:
+            barriers.pin(step, rows.visits.steps, plan.interpret)
         acc = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
         plgpu.barrier_arrive(refs.v_empty.at[v_slot])
         return Carry(softmax.faded(acc, fade, t.lazy, plan.interpret), weights, state)

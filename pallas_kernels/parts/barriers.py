@@ -97,6 +97,23 @@ def fence(interpret: Interpret) -> None:
     proxy()
 
 
+def pin(step, steps, interpret: Interpret) -> None:
+    """Keeps arithmetic that stands before this point from being moved behind it; step < steps must hold.
+
+    ptxas moves what stands ahead of a wait for a product behind it, out of the product's shadow, but not over a branch
+    that it takes for possible.
+    """
+    if interpret is not None:
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
+    def branch(_, *operands):
+        text = "{ .reg .pred p; setp.ge.s32 p, $0, $1; @p nanosleep.u32 32; }"
+        ptx.effect(text, [x.registers[()] for x in operands], "r,r")
+
+    branch(step, steps)
+
+
 def following(wg, count: int):
     """The warpgroup after wg, in a circle."""
     return lax.rem(wg + 1, count)
