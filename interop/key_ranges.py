@@ -17,18 +17,16 @@ def packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, tokens: int, left: int, r
     no key.
     """
     q_starts, k_starts = (x.to(torch.int32).contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
-    N = q_starts.shape[0] - 1
+    q_ends, k_ends = q_starts.roll(-1), k_starts.roll(-1)
+    of_sequence = torch.stack([k_starts, k_ends - 1, k_ends - q_ends])  # and behind the last: its keys end at -1
     token = torch.arange(tokens, dtype=torch.int32, device=q_starts.device)
-    sequence = (torch.searchsorted(q_starts, token, right=True) - 1).clamp(0, max(N - 1, 0))
-    following = (sequence + 1).clamp(max=N)
-    first, end = k_starts[sequence], k_starts[following]
-    end = torch.where(token < q_starts[-1], end, first)
-    position = token + end - q_starts[following]
-    last = end - 1
+    sequence = torch.searchsorted(q_starts[1:], token, right=True)
+    first, last, position = of_sequence.index_select(1, sequence).unbind()
+    position = position + token
     if left >= 0:
         first = torch.maximum(first, position - left)
     if right >= 0:
-        last = torch.minimum(last, position + right)
+        last = torch.minimum(last, position + right if right else position)
     return torch.stack([first, last, position])[None]
 
 

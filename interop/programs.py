@@ -252,7 +252,9 @@ def _broadcast(op, _) -> Callable:
     before = [1] * len(shape)
     for axis, length in zip(op.attributes["broadcast_dimensions"], lengths, strict=True):
         before[axis] = length
-    return lambda x: x.reshape(before).expand(shape)
+    if before == list(shape):
+        return lambda x: x.reshape(shape)
+    return (lambda x: x.expand(shape)) if before == list(lengths) else lambda x: x.reshape(before).expand(shape)
 
 
 def _convert(op, operands) -> Callable:

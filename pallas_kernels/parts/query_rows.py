@@ -32,7 +32,7 @@ def inputs(p: AttentionProblem, a: AttentionArrays, rows: int, block_kv: int) ->
         found["kv_ids_gmem"] = tma.whole_blocks(a.kv_segment_ids, block_kv)
     if a.key_ranges is not None:
         found["limits_gmem"] = ranges.limits(a.key_ranges, rows)
-        found["visits_gmem"] = ranges.table(a.key_ranges, rows, block_kv, p.Sk)
+        found["visits_gmem"] = ranges.table(found["limits_gmem"], rows, block_kv, p.Sk)
     found |= {**dropping.inputs(p, a, rows), **sparsity.by_query(p, a, rows, block_kv)}
     return {**found, **bias.inputs(a, rows, block_kv)}
 

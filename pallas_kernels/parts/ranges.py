@@ -93,19 +93,17 @@ def between(first, last_first, first_last, last, block: int, blocks: int) -> Ran
 
 
 def table(key_ranges: jax.Array, rows: int, block: int, Sk: int) -> jax.Array:
-    """For each block of query rows its Range of key blocks, int32 [B|1, query blocks, 4].
+    """For each block of query rows its Range of key blocks, int32 [B|1, query blocks, 4]; also from `limits`.
 
-    As `between` of each, in few operations: torch runs them one by one where it launches the kernels itself.
+    As `between` of each, but where no block is full, full_hi may be below full_lo. In few operations: torch runs them
+    one by one where it launches the kernels itself.
     """
     limits = in_blocks(key_ranges[:, :2], rows)  # [B|1, first and last, query blocks, rows]
-    least, most = limits.min(axis=3)[..., None], limits.max(axis=3)[..., None]
-    bounds = jnp.concatenate([least[:, 0], most[:, 0], least[:, 1], most[:, 1]], axis=2)
-    bounds = bounds + jnp.array([0, block - 1, 1, block], jnp.int32)
-    bounds = jnp.minimum(_floor(bounds, block), -(-Sk // block))
-    lo, full, hi = bounds[..., :1], bounds[..., 1:3], bounds[..., 3:]
-    hi = jnp.maximum(lo, hi)
-    full = jnp.clip(full, lo, hi)
-    return jnp.concatenate([lo, full[..., :1], jnp.maximum(full[..., :1], full[..., 1:]), hi], axis=2)
+    extremes = jnp.stack([limits.min(axis=3), limits.max(axis=3)], axis=3)
+    bounds = jnp.moveaxis(extremes, 1, 2).reshape(limits.shape[0], -1, 4)
+    bounds = lax.div(bounds + jnp.array([0, block - 1, 1, block], jnp.int32), jnp.int32(block))
+    bounds = jnp.minimum(bounds, -(-Sk // block))
+    return jnp.maximum(bounds, bounds[..., :1] * jnp.array([1, 0, 0, 1], jnp.int32))  # none is below 0, nor hi below lo
 
 
 def limits(key_ranges: jax.Array, rows: int) -> jax.Array:

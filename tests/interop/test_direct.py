@@ -370,6 +370,12 @@ def test_calls_that_torch_launches(name):
     assert any(isinstance(step.run, programs.Kernel) for step in program.steps)
 
 
+@pytest.mark.parametrize(("name", "most"), [("packed or padded sequences", 26), ("their backward", 46)])
+def test_few_operations_go_around_a_kernel(name, most):
+    """Each costs the host some ten microseconds."""
+    assert len(lower(*LAUNCHED[name]).steps) <= most
+
+
 @pytest.mark.parametrize("name", BRIDGED)
 def test_calls_that_stay_with_the_bridge(name):
     call, reason = BRIDGED[name]
