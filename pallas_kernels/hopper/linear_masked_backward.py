@@ -25,7 +25,7 @@ from pallas_kernels.hopper import attention_backward
 from pallas_kernels.hopper.attention_backward import CONSUMERS
 from pallas_kernels.hopper.attention_dq import attention_dq
 from pallas_kernels.masked_tiles import MaskedBackward
-from pallas_kernels.parts import barriers, descriptors, shared_mask, tma
+from pallas_kernels.parts import barriers, descriptors, schedule, shared_mask, tma
 from pallas_kernels.parts.key_rows import Walk
 from pallas_kernels.parts.ranges import Range
 from pallas_kernels.parts.schedule import Schedule, Work
@@ -113,11 +113,12 @@ def make_plan(p: LinearProblem, mask_dtype, interpret: _compat.Interpret = None)
     tile = masked_tiles.BACKWARD[tiles.padded(p.D), jnp.dtype(mask_dtype).itemsize]
     problem = AttentionProblem(p.target, p.dtype, B=p.B, H=p.H, Hk=p.H, Sq=p.Sq, Sk=p.Sk, D=p.D, Dv=p.Dv, scale=p.scale)
     shared = shared_mask.sharing(p)
+    section = schedule.section(p.B * p.H, 1, p.Sq * (2 * (p.D + p.Dv) + 4 * p.D), budget=40 * 2**20)
     order = Schedule(
         batch=shared.masks,
         heads=shared.each,
         blocks=-(-p.Sk // tile.block_kv),
-        section=shared_mask.section(p, mask_dtype, p.B * p.H, p.Sq * (2 * (p.D + p.Dv) + 4 * p.D), budget=40 * 2**20),
+        section=section if shared_mask.is_reread(p, mask_dtype) else 1,
     )
     return Plan(problem, tile, order, tma.is_ragged(problem), interpret, p, shared, jnp.dtype(mask_dtype).name)
 

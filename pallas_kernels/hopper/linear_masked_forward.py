@@ -138,13 +138,12 @@ def make_plan(p: LinearProblem, mask_dtype, interpret: _compat.Interpret = None)
     groups, blocks = shared.each // tile.together, -(-p.Sq // tile.rows)
     if blocks % tile.cluster:
         tile = dataclasses.replace(tile, cluster=1)
+    section = schedule.section(shared.masks * groups, 1, 2 * p.Sk * (p.D + p.Dv) * tile.together)
     order = Schedule(
         batch=shared.masks,
         heads=groups,
         blocks=blocks // tile.cluster,
-        section=shared_mask.section(
-            p, mask_dtype, shared.masks * groups, 2 * p.Sk * (p.D + p.Dv) * tile.together, budget=32 * 2**20
-        ),
+        section=section if shared_mask.is_reread(p, mask_dtype) else 1,
         persistent=True,
         cluster=tile.cluster,
     )

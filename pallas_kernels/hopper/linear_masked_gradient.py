@@ -42,8 +42,14 @@ class Plan:
     sharing: Sharing
     parts: int
     schedule: Schedule
-    sum_dtype: Any
+    mask_dtype: str
     interpret: _compat.Interpret
+
+    @property
+    def sum_dtype(self) -> Any:
+        """The mask's own if that has 16 bits and its sums are whole, else float32."""
+        narrow = self.parts == 1 and self.mask_dtype in ("bfloat16", "float16")
+        return jnp.dtype(self.mask_dtype if narrow else jnp.float32)
 
     @property
     def entries(self) -> int:
@@ -115,9 +121,7 @@ def make_plan(p: LinearProblem, mask_dtype, interpret: _compat.Interpret = None)
         persistent=True,
         cluster=tile.cluster,
     )
-    narrow = parts == 1 and jnp.dtype(mask_dtype) in (jnp.bfloat16, jnp.float16)
-    sum_dtype = jnp.dtype(mask_dtype if narrow else jnp.float32)
-    return Plan(p, tile, shared, parts, order, sum_dtype, interpret)
+    return Plan(p, tile, shared, parts, order, jnp.dtype(mask_dtype).name, interpret)
 
 
 def _parts(count: int, entries: int) -> int:

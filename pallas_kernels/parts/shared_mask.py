@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import Interpret
-from pallas_kernels.parts import schedule, tma
+from pallas_kernels.parts import tma
 from pallas_kernels.problem import LinearProblem
 
 _STAYS = 16 * 2**20  # bytes of a mask that L2 keeps anyway
@@ -50,15 +50,12 @@ def sharing(p: LinearProblem) -> Sharing:
     return Sharing(p.B, p.H, *p.mask_shape[:2])
 
 
-def section(p: LinearProblem, mask_dtype, heads: int, bytes_per_head: int, budget: int) -> int:
-    """How many of the heads are worked on side by side, which read a part of the mask at about the same time.
+def is_reread(p: LinearProblem, dtype) -> bool:
+    """Whether L2 saves reads of the mask only for entries that are worked on side by side.
 
-    One, where its reads of its own operands are what L2 can save: the mask is short, or no two entries share it.
+    Not where it keeps the whole mask anyway, or no two entries share it.
     """
-    assert p.mask_shape is not None
-    if sharing(p).each == 1 or p.Sq * p.Sk * jnp.dtype(mask_dtype).itemsize <= _STAYS:
-        return 1
-    return schedule.section(heads, 1, bytes_per_head, budget)
+    return sharing(p).each > 1 and p.Sq * p.Sk * jnp.dtype(dtype).itemsize > _STAYS
 
 
 def operand_head(p: LinearProblem, gmem, h) -> jax.Array:
