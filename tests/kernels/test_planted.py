@@ -12,16 +12,15 @@ from tests.kernels.planted import BUGS
 ROOT = Path(__file__).parents[2]
 PATIENCE = 150  # seconds; a run takes about ten, and one that hangs has been noticed
 SEES_RACES = jax.__version_info__ >= (0, 12)
-
-
 # What the others show too.
 SLOW = {
     "forward_old_sum_not_faded",
     "backward_delta_dropped",
     "forward_slot_refilled_early",
     "backward_q_released_early",
+    "forward_k_not_awaited",
+    "forward_output_not_fenced",
 }
-SLOW |= {"forward_k_not_awaited", "forward_output_not_fenced"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in BUGS])
