@@ -43,6 +43,7 @@ CALLS = {
     "D256_bias": (dict(D=256, bias=(2, 1, 1, 2048)), {}),
     "D192_bias": (dict(D=192, Dv=128, bias=(1, 1, 2048, 2048)), dict(causal=True)),
     "D64_softcap": (dict(D=64), dict(softcap=20.0)),
+    "D64_causal_softcap": (dict(D=64), dict(causal=True, softcap=20.0)),
     "D64_alibi": (dict(D=64, S=1001), dict(alibi_slopes=jnp.ones((2, 16)))),
     "D64_segments": (dict(D=64), dict(segment_ids=jnp.zeros((2, 2048), jnp.int32))),
     "D64": (dict(D=64), {}),

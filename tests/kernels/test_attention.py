@@ -23,6 +23,7 @@ SEGMENTS = tuple(jax.random.randint(jax.random.key(n), (2, length), 0, 3) for n,
 CASES = {
     "full": (dict(Sq=128, Sk=384, D=128), {}),
     "causal": (dict(Sq=256, H=1, D=128), dict(causal=True)),
+    "causal_D64": (dict(Sq=384, H=2, D=64), dict(causal=True)),
     "grouped_D64": (dict(Sq=384, H=2, Hk=1, D=64), dict(causal=True)),
     "window": (dict(Sq=256, H=1, D=128), dict(window=(70, 30))),
     "left_window_D64": (dict(Sq=384, H=1, D=64), dict(causal=True, window=(100, None))),

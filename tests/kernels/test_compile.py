@@ -15,7 +15,7 @@ from tests.kernels.h100 import Kernel, compile_for_h100
 
 pytestmark = pytest.mark.compile
 REGISTERS = 65536  # of an SM
-MORE_SPILLS = {"D64_dropout": 28, "D64_packed": 152}  # bytes that a feature may spill beyond its tile's
+MORE_SPILLS = {"D64_dropout": 28, "D64_packed": 152, "D64_causal_softcap": 364}  # bytes, beyond its tile's
 SERIALIZED = {"D64_packed"}  # and still faster than the role-split kernel, see docs/performance.md
 
 
