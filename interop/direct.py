@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import operator
 import struct
 import threading
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 VERSIONS = ((0, 11, 2),)
 _DTYPES = {torch.float16, torch.bfloat16}  # of the kernels
 _ALIGNMENT = 256  # which they assume of every address
+_UNREAD_BYTES = 2**20
 Tensors = Sequence[Tensor | None]
+Loaded = tuple[int, Callable]  # a kernel, and what launches it
 
 launches: dict[Hashable, Launch | None] = {}  # None: the bridge takes such calls
 
@@ -100,20 +103,30 @@ class Launch:
     def __init__(self, program: Program, device: torch.device):
         self.device, self.index = device, device.index
         self.constants = [bridge.canonical(x).to(device) for x in program.constants]
-        self.steps = [(_runner(step, device), _chosen(step.operands)) for step in program.steps]
+        loaded = [None if callable(step.run) else _compile(step.run.module) for step in program.steps]
+        runners = [_runner(*each, device) for each in zip(program.steps, loaded, strict=True)]
+        self.steps = [(run, _chosen(step.operands)) for run, step in zip(runners, program.steps, strict=True)]
         self.returned = _chosen(program.returned)
         self.first_returned, self.to_first = program.returned[0], self.steps[: program.to_first]
+        self.alone = _alone(program, loaded[0], self.constants, device)
 
     def __call__(self, tensors: Tensors) -> Sequence[Tensor]:
         return self.returned(self._run(tensors, self.steps))
 
     def first(self, tensors: Tensors) -> Tensor:
         """The first of the results, without the steps behind it."""
+        if self.alone is not None and self._is_current():
+            found = self.alone(tensors)
+            if found is not None:
+                return found
         return self._run(tensors, self.to_first)[self.first_returned]
+
+    def _is_current(self) -> bool:
+        return self.index in _thread.devices and _current_device() == self.index
 
     def _run(self, tensors: Tensors, steps: list) -> list[Tensor]:
         """The values of the program in their order."""
-        if self.index not in _thread.devices or _current_device() != self.index:
+        if not self._is_current():
             with _thread.on(self.device):
                 return self._run(tensors, steps)
         values = [  # as kernels read them: row-major at an aligned address, which most are
@@ -151,12 +164,12 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _runner(step: Step, device: torch.device) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+def _runner(step: Step, loaded: Loaded | None, device: torch.device) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """What runs a step of a program on its operands."""
     operation = step.run
-    if callable(operation):
+    if callable(operation) or loaded is None:
         return lambda operands: [operation(*operands)]
-    kernel, launch = _compile(operation.module)
+    kernel, launch = loaded
     pack = struct.Struct(f"{len(step.operands) + len(operation.outputs)}P").pack
     index, in_place, empty = device.index, operation.in_place, _allocator(device)
     outputs = [(shape, bridge.row_major(shape), dtype) for shape, dtype in operation.outputs]
@@ -170,6 +183,44 @@ def _runner(step: Step, device: torch.device) -> Callable[[Sequence[Tensor]], li
         return results
 
     return run
+
+
+def _alone(
+    program: Program, loaded: Loaded | None, constants: list[Tensor], device: torch.device
+) -> Callable[[Tensors], Tensor | None] | None:
+    """What launches a program for its first result, where that is the first of a kernel and nothing comes before.
+
+    It takes tensors of which none is None, and gives None for such as kernels do not read. Memory takes half as long
+    as a launch, so the kernel's other results, which nobody reads, share theirs with all such calls.
+    """
+    step, first = program.steps[0], program.inputs + len(constants)
+    if program.returned[0] != first or loaded is None or callable(step.run) or step.run.in_place:
+        return None
+    (shape, dtype), *others = step.run.outputs
+    if any(math.prod(shape) * dtype.itemsize > _UNREAD_BYTES for shape, dtype in others):
+        return None
+    (kernel, launch), order = loaded, _chosen(step.operands)
+    pack = struct.Struct(f"{len(step.operands) + 1 + len(others)}P").pack
+    index, strides, empty = device.index, bridge.row_major(shape), _allocator(device)
+    fixed, unread = [x.data_ptr() for x in constants], [_unread(device).data_ptr()] * len(others)
+
+    def run(tensors: Tensors) -> Tensor | None:
+        addresses = [t.data_ptr() for t in tensors]
+        for t, address in zip(tensors, addresses, strict=True):
+            if address % _ALIGNMENT or not t.is_contiguous() or t.is_neg():
+                return None
+        found = empty(shape, strides, dtype)
+        addresses += fixed
+        launch(kernel, _stream(index), pack(*order(addresses), found.data_ptr(), *unread))
+        return found
+
+    return run
+
+
+@functools.cache
+def _unread(device: torch.device) -> Tensor:
+    """Room for results that nobody reads. CUDA graphs may know its address, so it stays."""
+    return torch.empty(_UNREAD_BYTES, dtype=torch.uint8, device=device)
 
 
 # --- what JAX and torch keep to themselves, as it is in VERSIONS
@@ -203,7 +254,7 @@ def _compiler() -> Callable:
     return _COMPILE(("MosaicGpuCompile", ctypes.CDLL(plugin._get_library_path())))
 
 
-def _compile(module: bytes) -> tuple[int, Callable]:
+def _compile(module: bytes) -> Loaded:
     """A kernel of the current device, and launch(kernel, stream, addresses of operands and results)."""
     with _compiling:
         found = _compiler()(module, len(module))

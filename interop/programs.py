@@ -47,6 +47,7 @@ class Step(NamedTuple):
 class Program(NamedTuple):
     """What to run in turn, and the numbers of the results."""
 
+    inputs: int
     constants: list[Tensor]  # on the CPU
     steps: list[Step]
     returned: tuple[int, ...]
@@ -130,7 +131,7 @@ class _Reader:
             for run, operands, results in steps
         ]
         to_first = next(n for n, (_, _, results) in enumerate(steps) if returned[0] in results) + 1
-        return Program(constants, found, tuple(numbers[id(x)] for x in returned), to_first)
+        return Program(len(inputs), constants, found, tuple(numbers[id(x)] for x in returned), to_first)
 
 
 def _needed(steps: list, returned: list) -> list:

@@ -590,6 +590,40 @@ def test_the_first_result_alone(played):
     assert all(map(torch.equal, launch([x]), (x[1:], x)))
 
 
+def alone(played, count: list) -> tuple:
+    """q, k, v whose program starts with its kernel, that program, and a launch of it, which counts."""
+    (q, k, v), player = prepared("D64")
+    program = lower(kernels.forward, [*structs(q.shape, k.shape, v.shape), *[None] * 8], options=Options(right=0))
+    played(lambda *addresses: (count.append(1), player.forward(*addresses)))
+    return (q, k, v), program, direct.Launch(program, CPU)
+
+
+def test_results_that_nobody_reads(played, monkeypatch):
+    """They go where those of all calls go; tensors that a kernel cannot read are copied first, as ever."""
+    monkeypatch.setattr(direct, "_ALIGNMENT", 64)  # as a CPU's memory is
+    count, room = [], direct._unread(CPU)
+    (q, k, v), _, launch = alone(played, count)
+    out = launch((q, k, v))[0]
+    room.zero_()
+    assert torch.equal(launch.first((q, k, v)), out)
+    assert room.any(), "lse"
+    elsewhere = [torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x) for x in (q, k, v)]
+    turned = q.transpose(1, 2).contiguous().transpose(1, 2)
+    room.zero_()
+    assert torch.equal(launch.first(elsewhere), out)
+    assert torch.equal(launch.first((turned, k, v)), out)
+    assert not room.any()
+    assert len(count) == 4
+
+
+def test_results_that_take_much_room(played, monkeypatch):
+    _, program, launch = alone(played, [])
+    assert launch.alone is not None
+    for room, fits in ((2 * 384 * 4, True), (2 * 384 * 4 - 1, False)):
+        monkeypatch.setattr(direct, "_UNREAD_BYTES", room)
+        assert (direct._alone(program, (0, print), launch.constants, CPU) is not None) == fits
+
+
 def test_repeated_gradients(played, monkeypatch):
     """A backward that has been launched before is launched by autograd itself."""
     tensors, player = prepared("D64_short")
