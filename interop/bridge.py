@@ -128,7 +128,8 @@ def canonical(t: Tensor) -> Tensor:
 def jax_device(device: torch.device):
     """The JAX device that is a torch device."""
     try:
-        devices = load_jax().local_devices(backend=device.type)
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            devices = load_jax().local_devices(backend=device.type)  # starts JAX, which leaves its last device current
     except RuntimeError as error:
         raise RuntimeError(
             f"device={device} of the tensors must be a device of JAX too, which has no {device.type} backend "

@@ -69,15 +69,15 @@ def _prepare(function: Callable, tensors: Tensors, static: dict, device: torch.d
     """A launch for calls like this one, or None if they are the bridge's."""
     if device.type != "cuda" or _DTYPES.isdisjoint(t.dtype for t in tensors if t is not None):
         return None
-    if bridge.load_jax().__version_info__ not in VERSIONS:
-        return None
-    target = bridge.jax_device(device)  # raises here if JAX has no such device
-    try:
-        program = _lower(function, tensors, static, target)
-        with _thread.on(device):
+    with _thread.on(device):  # and then on the device of before: JAX leaves that current which it has worked on
+        if bridge.load_jax().__version_info__ not in VERSIONS:
+            return None
+        target = bridge.jax_device(device)  # raises here if JAX has no such device
+        try:
+            program = _lower(function, tensors, static, target)
             return Launch(program, device) if program is not None and works(device) else None
-    except Exception as error:
-        return _surprise(f"a call cannot be launched on {device}: {type(error).__name__}: {error}")
+        except Exception as error:
+            return _surprise(f"a call cannot be launched on {device}: {type(error).__name__}: {error}")
 
 
 def _lower(function: Callable, tensors: Tensors, static: dict, target: Any) -> Program | None:

@@ -63,10 +63,9 @@ FORWARD = {
     256: ForwardTile(block_kv=64, q_stages=1, pinned=True, lazy=True, spill_bytes=72),  # 749 / 683, before `pinned`
 }
 
-FORWARD_WITH_BIAS = {  # measured at 128 only: 300 causal at B4 S4096; a bias takes as many registers as the scores
+FORWARD_WITH_BIAS = {  # docs/performance.md has what was measured
     **FORWARD,
-    64: dataclasses.replace(FORWARD[64], block_kv=64),
-    128: dataclasses.replace(FORWARD[128], block_kv=64, stages=3),
+    64: ForwardTile(block_kv=128, stages=3),  # tiles of 192 rows would copy a bias whose rows are not a multiple
     256: dataclasses.replace(FORWARD[256], spill_bytes=100),
 }
 
@@ -78,20 +77,14 @@ BACKWARD = {
     256: BackwardTile(block_q=64, block_kv=64, roles=True, dq_apart=True, spill_bytes=52),  # added 421 / 411
 }
 
-BACKWARD_WITH_BIAS = {  # measured at 128 only: 126 causal at B4 S4096, with the gradient of [1, H, S, S]
-    **BACKWARD,
-    **{d: BackwardTile(block_q=64, block_kv=64, roles=True) for d in (64, 128)},
-}
+_APART_64 = BackwardTile(block_q=64, dq_apart=True)  # where the fused kernel has too few registers
 
-DETERMINISTIC_WITH_BIAS = {  # not measured yet
-    **BACKWARD,
-    64: BackwardTile(block_q=64),
-    128: dataclasses.replace(BACKWARD[128], spill_bytes=72),
-}
+BACKWARD_WITH_BIAS = {**BACKWARD, 64: _APART_64, 128: dataclasses.replace(BACKWARD[128], spill_bytes=72)}
 
-BACKWARD_WITH_POSITIONS = {  # not measured yet; ALiBi of packed sequences: a slope and a position for each query
-    **BACKWARD,
-    64: BACKWARD_WITH_BIAS[64],
+BACKWARD_WITH_RANGES = {**BACKWARD, 64: _APART_64}
+
+BACKWARD_WITH_POSITIONS = {  # ALiBi of packed sequences: a slope and a position for each query
+    **BACKWARD_WITH_RANGES,
     128: dataclasses.replace(BACKWARD[128], spill_bytes=160),
     256: dataclasses.replace(BACKWARD[256], spill_bytes=60),
 }
@@ -119,10 +112,11 @@ def forward_tile(p: AttentionProblem) -> ForwardTile:
 
 
 def backward_tile(p: AttentionProblem) -> BackwardTile:
+    table = BACKWARD
     if p.bias_shape is not None:
-        table = DETERMINISTIC_WITH_BIAS if p.deterministic else BACKWARD_WITH_BIAS
-    else:
-        table = BACKWARD_WITH_POSITIONS if p.alibi and p.key_ranges else BACKWARD
+        table = BACKWARD_WITH_BIAS
+    elif p.key_ranges:
+        table = BACKWARD_WITH_POSITIONS if p.alibi else BACKWARD_WITH_RANGES
     tile = table[max(padded(p.D), padded(p.Dv))]
     return dataclasses.replace(tile, dq_apart=tile.dq_apart or p.deterministic)
 

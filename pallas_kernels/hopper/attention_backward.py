@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _compat, tiles
 from pallas_kernels.parts import (
     barriers,
+    bias,
     descriptors,
     dropping,
     key_rows,
@@ -206,13 +207,15 @@ def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
     tile = tiles.backward_tile(p)
     # Ascending blocks: the first keys have the longest walk.
     bytes_per_head = p.Sq * (2 * (p.D + p.Dv) + 4 * p.D) * p.group
+    section = p.B if bias.is_shared(p) else 1
+    if p.right is not None or p.key_ranges:
+        section = max(section, schedule.section(p.B * p.Hk, 1, bytes_per_head, budget=40 * 2**20))
     order = Schedule(
         batch=p.B,
         heads=p.Hk,
         blocks=-(-p.Sk // tile.block_kv),
-        section=schedule.section(p.B * p.Hk, 1, bytes_per_head, budget=40 * 2**20)
-        if p.right is not None or p.key_ranges
-        else 1,
+        section=section,
+        across_batch=bias.is_shared(p),
     )
     return Plan(p, tile, order, tma.is_ragged(p), interpret)
 

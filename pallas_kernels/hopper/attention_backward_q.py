@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
-from pallas_kernels.parts import barriers, descriptors, dropping, query_rows, softmax, sparsity, tails, tma
+from pallas_kernels.parts import barriers, bias, descriptors, dropping, query_rows, softmax, sparsity, tails, tma
 from pallas_kernels.parts.query_rows import QueryRows
 from pallas_kernels.parts.schedule import Schedule, Work
 from pallas_kernels.parts.sparsity import Visits
@@ -103,7 +103,14 @@ def attention_backward_q(
     p: AttentionProblem, a: AttentionArrays, d_out, lse2, delta, *, interpret: _compat.Interpret = None
 ) -> jax.Array:
     """dQ [B, Sq, H, D]; lse2 and delta as `attention_backward` takes them."""
-    order = Schedule(batch=p.B, heads=p.H, blocks=-(-p.Sq // ROWS), section=p.group, descending=p.right is not None)
+    order = Schedule(
+        batch=p.B,
+        heads=p.H,
+        blocks=-(-p.Sq // ROWS),
+        section=p.B if bias.is_shared(p) else p.group,
+        descending=p.right is not None,
+        across_batch=bias.is_shared(p),
+    )
     plan = Plan(p, tiles.query_gradient_tile(p), order, tma.is_ragged(p), interpret)
     q, d_out = (tma.fit(x, ROWS) for x in (a.q, d_out))
     k, v = (tma.fit(x, BLOCK_KV) for x in (a.k, a.v))

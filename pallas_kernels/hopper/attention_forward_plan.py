@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, tiles
-from pallas_kernels.parts import barriers, query_rows, ranges, schedule, sparsity, tma
+from pallas_kernels.parts import barriers, bias, query_rows, ranges, schedule, sparsity, tma
 from pallas_kernels.parts.barriers import NamedBarrier
 from pallas_kernels.parts.schedule import Schedule
 from pallas_kernels.problem import AttentionProblem
@@ -116,9 +116,9 @@ def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
     tile = tiles.forward_tile(p)
     bytes_per_group = 2 * p.Sk * (p.D + p.Dv)
     blocks = -(-p.Sq // tile.rows)
-    section = 1
+    section = p.B if bias.is_shared(p) else 1
     if p.right is not None or p.key_ranges:
-        section = schedule.section(p.B * p.H, p.group, bytes_per_group)
+        section = max(section, schedule.section(p.B * p.H, p.group, bytes_per_group))
     if p.key_ranges:  # a round of tiles from the same blocks, so that what is guessed of them matters less
         section = max(section, schedule.section(p.B * p.H, _HEADS_OF_A_ROUND, 1, budget=1))
     order = Schedule(
@@ -128,6 +128,7 @@ def make_plan(p: AttentionProblem, interpret: _compat.Interpret = None) -> Plan:
         section=section,
         descending=p.right is not None,
         persistent=True,
+        across_batch=bias.is_shared(p),
     )
     # An output narrower than its Q takes the first chunks of columns of that, which `any_row` keeps apart.
     any_row = tma.is_ragged(p) or tiles.padded(p.D) != tiles.padded(p.Dv)

@@ -35,6 +35,11 @@ def inputs(a: AttentionArrays, rows: int, columns: int) -> dict[str, jax.Array]:
     return {"bias_gmem": jnp.pad(bias, _tails(a.bias.shape, rows, columns))}
 
 
+def is_shared(p: AttentionProblem) -> bool:
+    """Whether all batch entries read one bias, so that L2 should have it while they do."""
+    return p.B > 1 and p.bias_shape is not None and p.bias_shape[0] == 1
+
+
 def zeros(p: AttentionProblem, rows: int, columns: int) -> jax.Array | None:
     """What a kernel adds the gradient into: float32, padded as the bias is; None if it has nothing to add."""
     if not p.bias_gradient or p.bias_shape is None or p.bias_shape[3] == 1:

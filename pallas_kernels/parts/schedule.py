@@ -39,6 +39,7 @@ class Schedule:
     descending: bool = False  # last row block first
     persistent: bool = False
     cluster: int = 1  # CTAs that take a tile together; `ctas` then counts clusters
+    across_batch: bool = False  # one head of all batch entries after another, not all heads of one entry
 
     @property
     def tiles(self) -> int:
@@ -56,6 +57,8 @@ class Schedule:
         head = section * self.section + lax.rem(rest, jnp.int32(self.section))
         if self.descending:
             block = self.blocks - 1 - block
+        if self.across_batch:
+            return Work(lax.rem(head, jnp.int32(self.batch)), lax.div(head, jnp.int32(self.batch)), block)
         return Work(lax.div(head, jnp.int32(self.heads)), lax.rem(head, jnp.int32(self.heads)), block)
 
     def table(self, costs: Sequence[float]) -> np.ndarray:

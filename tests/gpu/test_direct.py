@@ -403,6 +403,7 @@ def test_sdpa_and_inference_mode():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_devices():
     """Each with kernels of its own, whichever is current."""
+    torch.cuda.set_device(0)  # JAX, which these tests have started, leaves its last device current
     tensors = qkv(14, grad=True)
     expected = results(tensors, deterministic=True)
     other = torch.device("cuda", 1)

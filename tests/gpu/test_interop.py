@@ -3,6 +3,8 @@
 Every wait below is on a stream; the slow work is torch.cuda._sleep, so that a missing wait shows.
 """
 
+import subprocess
+import sys
 import time
 
 import jax
@@ -15,7 +17,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a torch with CUDA", allow_module_level=True)
 
 import jflash  # noqa: E402
-from interop import bridge, flash_attn_func, flash_attn_qkvpacked_func, scaled_dot_product_attention  # noqa: E402
+from interop import bridge, direct, flash_attn_func, flash_attn_qkvpacked_func, scaled_dot_product_attention  # noqa: E402
 from tests.oracle import assert_close  # noqa: E402
 
 bridge.load_jax()  # its memory settings must be there before JAX looks at the GPU
@@ -99,9 +101,9 @@ def test_dropout_draws_on_the_device(monkeypatch):
     monkeypatch.setenv("JFLASH_EXACT_LENGTHS", "1")
     tensors = qkv(3, grad=False)
     cpu_state = torch.get_rng_state()
-    torch.cuda.manual_seed(4)
+    torch.cuda.manual_seed_all(4)  # JAX, which these tests have started, leaves its last device current
     words = torch.randint(-(2**31), 2**31, (1, 2), dtype=torch.int32, device=CUDA)
-    torch.cuda.manual_seed(4)
+    torch.cuda.manual_seed_all(4)
     out = flash_attn_func(*tensors, dropout_p=0.3)
     assert torch.equal(torch.get_rng_state(), cpu_state)
     key = jax.random.wrap_key_data(jnp.asarray(words[0].cpu().numpy().view(np.uint32)), impl="threefry2x32")
@@ -307,13 +309,35 @@ def test_cpu_tensors_stay_on_the_cpu():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_second_gpu():
+@pytest.mark.parametrize("implementation", ["direct", "bridge"])
+def test_second_gpu(implementation, monkeypatch):
+    if implementation == "bridge":
+        monkeypatch.setattr(direct, "VERSIONS", ())
+    monkeypatch.setattr(direct, "launches", {})
     tensors = qkv(16, grad=False)
+    torch.cuda.set_device(0)
     expected = flash_attn_func(*tensors)
+    assert torch.cuda.current_device() == 0
     found = flash_attn_func(*(x.to("cuda:1") for x in tensors))
     assert found.device == torch.device("cuda", 1)
     assert torch.cuda.current_device() == 0
     assert torch.equal(found.to(CUDA), expected)
+
+
+START = """
+import torch
+from interop import flash_attn_func
+x = torch.randn(1, 128, 2, 64, dtype=torch.float16, device="cuda:0")
+flash_attn_func(x, x, x)
+print("current", torch.cuda.current_device())
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_first_call_leaves_the_device_current():
+    """It starts JAX, which makes every GPU current in turn."""
+    found = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout.strip() == "current 0"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -475,6 +475,29 @@ def test_the_bridge_takes_the_rest(bridged, played, monkeypatch):
     assert bridged.calls == 7
 
 
+def test_jax_is_asked_with_the_device_current(bridged, played, monkeypatch):
+    """It leaves that device current which it has worked on, and torch would go on there."""
+    current = []
+
+    @contextlib.contextmanager
+    def on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def asked(function, *args):
+        assert current == [torch.device("cuda", 0)]
+        return function(*args)
+
+    monkeypatch.setattr(direct._thread, "on", on)
+    for module, name in ((bridge, "jax_device"), (bridge, "load_jax"), (direct, "_lower"), (direct, "works")):
+        monkeypatch.setattr(module, name, functools.partial(asked, getattr(module, name)))
+    played(plays_copy(256), plays_copy(256))
+    attempt(torch.randn(256).half())
+    assert direct.launches["key"] is not None
+    assert not current
+
+
 @pytest.mark.parametrize("broken", ["_compile", "_lower"])
 def test_a_surprise_is_said_and_survived(broken, bridged, monkeypatch):
     def fail(*_):

@@ -81,6 +81,7 @@ CASES = {
         dict(deterministic=True, mask=blocks(2, 1, 200, 300), segment_ids=SEGMENTS),
     ),
     "bias": (dict(Sq=150, Sk=200, H=2, Hk=1, D=128, bias=(1, 2, 150, 200)), dict(causal=True, **DROPOUT)),
+    "bias_of_all_D64": (dict(B=2, Sq=150, Sk=130, H=2, D=64, bias=(1, 2, 150, 130)), dict(causal=True)),
     "bias_of_each_D64": (dict(B=2, Sq=128, H=1, D=64, bias=(2, 1, 128, 128)), {}),
     "bias_of_keys": (dict(B=2, Sq=150, Sk=130, H=2, Hk=1, D=64, bias=(2, 1, 1, 130)), dict(window=(90, 20))),
     "bias_of_queries": (dict(B=2, Sq=130, Sk=70, H=2, D=64, bias=(1, 2, 130, 1), sinks=True), dict(causal=True)),
