@@ -113,9 +113,8 @@ def torch_peer(function: Callable[[Any], Callable], heads_first: bool = False, i
         kept = attend(*qkv) if direction == "backward" else None
 
         def run():
-            if direction == "forward":
-                with torch.no_grad():
-                    return attend(*qkv)
+            if direction == "forward":  # of tensors that want no gradient
+                return attend(*qkv)
             out = attend(*qkv) if kept is None else kept
             return torch.autograd.grad(out, qkv, cotangent, retain_graph=kept is not None)
 

@@ -56,6 +56,7 @@ ORDERED = tuple(jnp.sort(ids, axis=1) for ids in SEGMENTS)
 FEATURES = {
     "softcap": (dict(Sq=1000, D=128), dict(causal=True, softcap=3.0)),
     "softcap_D64": (dict(Sq=1000, D=64), dict(softcap=20.0)),
+    "softcap_causal_D64": (dict(B=2, Sq=1024, H=4, D=64), dict(causal=True, softcap=20.0)),
     "alibi": (dict(Sq=500, Sk=700, H=4, Hk=2, D=128), dict(alibi_slopes=jnp.array([0.5, 0.1, 0.02, 0.004]))),
     "alibi_of_each_batch_D64": (
         dict(B=2, Sq=500, H=1, D=64),
@@ -84,6 +85,8 @@ FEATURES = {
         dict(deterministic=True, mask=blocks(2, 1, 700, 900), segment_ids=SEGMENTS),
     ),
     "bias": (dict(Sq=1000, Sk=1200, H=4, Hk=2, D=128, bias=(1, 4, 1000, 1200)), dict(causal=True, **DROPOUT)),
+    "bias_of_all": (dict(B=3, Sq=1024, H=4, Hk=2, D=128, bias=(1, 4, 1024, 1024)), dict(causal=True)),
+    "bias_of_all_D64": (dict(B=3, Sq=1000, H=4, D=64, bias=(1, 4, 1000, 1000)), dict(causal=True)),
     "bias_of_each": (dict(B=2, Sq=1024, H=2, D=128, bias=(2, 2, 1024, 1024)), {}),
     "bias_D64": (dict(B=2, Sq=700, Sk=900, H=2, D=64, bias=(1, 1, 700, 900)), dict(mask=blocks(2, 1, 700, 900))),
     "bias_of_keys": (dict(B=2, Sq=700, Sk=900, H=4, Hk=2, D=64, bias=(2, 1, 1, 900)), dict(window=(90, 20))),
