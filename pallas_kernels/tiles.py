@@ -53,14 +53,14 @@ class QueryGradientTile:
     v_stages: int = 2
 
 
-# TF/s full / causal at B2 S8192, bf16, H100 80GB HBM3, from bench/results/h100-attention.json: with one slot for Q.
+# TF/s full / causal at B2 S8192, bf16, H100 80GB HBM3, from bench/results/h100-attention.json.
 FORWARD = {
-    64: ForwardTile(  # 551 / 490
+    64: ForwardTile(  # 542 / 484
         block_kv=128, warpgroups=3, stages=3, registers=160, producer_registers=32
     ),
-    128: ForwardTile(block_kv=128),  # 660 / 615
+    128: ForwardTile(block_kv=128),  # 649 / 596
     192: ForwardTile(block_kv=64, pinned=True, lazy=True),  # 634 / 545 at B4 S4096, before `pinned` and `lazy`
-    256: ForwardTile(block_kv=64, q_stages=1, pinned=True, lazy=True, spill_bytes=72),  # 749 / 683, before `pinned`
+    256: ForwardTile(block_kv=64, q_stages=1, pinned=True, lazy=True, spill_bytes=72),  # 709 / 689
 }
 
 FORWARD_WITH_BIAS = {  # docs/performance.md has what was measured
@@ -71,10 +71,10 @@ FORWARD_WITH_BIAS = {  # docs/performance.md has what was measured
 
 
 BACKWARD = {
-    64: BackwardTile(block_q=128, split_rows=True, spill_bytes=104),  # 532 / 456
-    128: BackwardTile(block_q=64, spill_bytes=40),  # 586 / 565
-    192: BackwardTile(block_q=64, block_kv=64, roles=True, dq_apart=True),  # added 417 / 374 at B4 S4096
-    256: BackwardTile(block_q=64, block_kv=64, roles=True, dq_apart=True, spill_bytes=52),  # added 421 / 411
+    64: BackwardTile(block_q=128, split_rows=True, spill_bytes=104),  # 526 / 461
+    128: BackwardTile(block_q=64, spill_bytes=40),  # 568 / 553
+    192: BackwardTile(block_q=64, block_kv=64, roles=True, dq_apart=True),  # 410 / 365 at B4 S4096
+    256: BackwardTile(block_q=64, block_kv=64, roles=True, dq_apart=True, spill_bytes=52),  # 466 / 424
 }
 
 _APART_64 = BackwardTile(block_q=64, dq_apart=True)  # where the fused kernel has too few registers
