@@ -167,8 +167,9 @@ _thread = _Thread()
 def _runner(step: Step, loaded: Loaded | None, device: torch.device) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """What runs a step of a program on its operands."""
     operation = step.run
-    if callable(operation) or loaded is None:
+    if callable(operation):
         return lambda operands: [operation(*operands)]
+    assert loaded is not None
     kernel, launch = loaded
     pack = struct.Struct(f"{len(step.operands) + len(operation.outputs)}P").pack
     index, in_place, empty = device.index, operation.in_place, _allocator(device)
