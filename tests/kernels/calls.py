@@ -74,7 +74,7 @@ CALLS = {
 # What the others show too.
 SLOW = {"D128_mask", "D64_dropout", "D256_dropout", "D256_bias", "D192_bias", "D192_bias_softcap", "D64_bias"}
 SLOW |= {"D64_packed_alibi", "D256_packed_alibi", "D256_deterministic_mask", "D128_deterministic_bias"}
-SLOW |= {"D256_deterministic_bias"}
+SLOW |= {"D256_deterministic_bias", "D64_causal_softcap"}
 
 
 def cases() -> list:

@@ -101,6 +101,7 @@ RUN = {"full", "grouped_D64"} if OLD else CASES
 # What the others show too.
 SLOW = {"dropout", "dropout_D256", "dropout_deterministic", "mask", "mask_D64", "mask_D256", "segments_in_order"}
 SLOW |= {"mask_of_keys", "mask_of_queries", "bias_softcap", "bias_deterministic", "bias_of_each_D64", "bias_D256"}
+SLOW |= {"bias_of_all_D64"}
 SLOW |= {"bias_of_keys", "bias_of_queries", "segments", "segments_D64", "mask_deterministic"}
 SLOW |= {"deterministic_D192", "deterministic_D256_masked", "deterministic_D256_bias"}
 SLOW |= {"narrower_values", "window", "ragged_D64", "alibi_of_each_batch_D64", "deterministic_ragged"}
