@@ -71,20 +71,19 @@ FORWARD_WITH_BIAS = {  # docs/performance.md has what was measured
 
 
 BACKWARD = {
-    64: BackwardTile(block_q=128, split_rows=True, spill_bytes=104),  # 526 / 461
+    64: BackwardTile(block_q=128, split_rows=True, spill_bytes=104),  # 526 / 461, causal with the tile of the edge apart
     128: BackwardTile(block_q=64, spill_bytes=40),  # 568 / 553
     192: BackwardTile(block_q=64, block_kv=64, roles=True, dq_apart=True),  # 410 / 365 at B4 S4096
     256: BackwardTile(block_q=64, block_kv=64, roles=True, dq_apart=True, spill_bytes=52),  # 466 / 424
 }
 
-_APART_64 = BackwardTile(block_q=64, dq_apart=True)  # where the fused kernel has too few registers
+# More than the fused kernel has registers for at D64.
+BACKWARD_CROWDED = {**BACKWARD, 64: BackwardTile(block_q=64, dq_apart=True)}
 
-BACKWARD_WITH_BIAS = {**BACKWARD, 64: _APART_64, 128: dataclasses.replace(BACKWARD[128], spill_bytes=72)}
-
-BACKWARD_WITH_RANGES = {**BACKWARD, 64: _APART_64}
+BACKWARD_WITH_BIAS = {**BACKWARD_CROWDED, 128: dataclasses.replace(BACKWARD[128], spill_bytes=72)}
 
 BACKWARD_WITH_POSITIONS = {  # ALiBi of packed sequences: a slope and a position for each query
-    **BACKWARD_WITH_RANGES,
+    **BACKWARD_CROWDED,
     128: dataclasses.replace(BACKWARD[128], spill_bytes=160),
     256: dataclasses.replace(BACKWARD[256], spill_bytes=60),
 }
@@ -115,8 +114,10 @@ def backward_tile(p: AttentionProblem) -> BackwardTile:
     table = BACKWARD
     if p.bias_shape is not None:
         table = BACKWARD_WITH_BIAS
-    elif p.key_ranges:
-        table = BACKWARD_WITH_POSITIONS if p.alibi else BACKWARD_WITH_RANGES
+    elif p.key_ranges and p.alibi:
+        table = BACKWARD_WITH_POSITIONS
+    elif p.key_ranges or (p.softcap is not None and (p.left is not None or p.right is not None)):
+        table = BACKWARD_CROWDED
     tile = table[max(padded(p.D), padded(p.Dv))]
     return dataclasses.replace(tile, dq_apart=tile.dq_apart or p.deterministic)
 

@@ -68,17 +68,6 @@ class Plan:
         return Block(self.tile.block_kv, self.tile.block_q)
 
     @property
-    def cut_last(self) -> bool:
-        """Whether the causal edge cuts one tile of a walk and all others are whole: that one then comes last.
-
-        Its code is apart from the loop's, which more features make too much for ptxas: it serializes the wgmmas.
-        """
-        p, size = self.problem, self.block
-        square = p.causal and p.left is None and p.Sq == p.Sk and p.Sk % size.kv == 0 and size.kv == size.q
-        more = p.alibi or p.dropout_rate > 0 or sparsity.is_listed(p)
-        return square and p.group == 1 and not more
-
-    @property
     def dq_tile(self) -> tuple[int, int]:
         """Rows and columns of a part of a dQ tile, as a consumer forms it."""
         columns = tiles.padded(self.problem.D)
@@ -258,7 +247,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *gmem, **scratch) -> None:
     tiles_smem = {name: x.view(scratch[name]) for name, x in tile_types(plan).items()}
     refs = Refs(**tails.joined(dict(zip(names, gmem, strict=True))), **{**scratch, **tiles_smem})
     work = schedule.placed(plan.schedule.work(lax.axis_index("cta")), refs.order_gmem)
-    walk = key_rows.walk(plan.problem, refs, work, plan.block)._replace(descending=plan.cut_last)
+    walk = key_rows.walk(plan.problem, refs, work, plan.block)
     wg = lax.axis_index("wg")
     consume = functools.partial(_consumer, plan, refs, work, walk, wg)
     serve = functools.partial(_servants, plan, refs, work, walk, wg - CONSUMERS)
@@ -327,11 +316,7 @@ def _consumer(plan: Plan, refs: Refs, work: Work, walk: Walk, wg) -> None:
 
     def accumulate(dk_acc, dv_acc):
         step = functools.partial(_step, plan, refs, work, walk, wg, dk_acc, dv_acc)
-        if plan.cut_last:
-            lax.fori_loop(0, walk.steps - 1, functools.partial(step, False), None)
-            step(True, walk.steps - 1, None)
-        else:
-            lax.fori_loop(0, walk.steps, functools.partial(step, None), None)
+        lax.fori_loop(0, walk.steps, step, None)
         return dk_acc[...], dv_acc[...]
 
     accumulators = (plgpu.ACC((64, tiles.padded(d)), jnp.float32) for d in (p.D, p.Dv))
@@ -347,13 +332,13 @@ def _consumer(plan: Plan, refs: Refs, work: Work, walk: Walk, wg) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _step(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, dk_acc, dv_acc, cut, step, _) -> None:
-    """One query block: five products, ordered so that each runs under the arithmetic of another. cut: see KeyRows."""
+def _step(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, dk_acc, dv_acc, step, _) -> None:
+    """One query block: five products, ordered so that each runs under the arithmetic of another."""
     t = plan.tile
     slot, ds_slot = lax.rem(step, t.stages), lax.rem(step, t.ds_stages)
     mine = pl.ds(wg * 64, 64)
     plgpu.barrier_wait(refs.q_full.at[slot])
-    form = functools.partial(_weights, plan, refs, work, walk, wg, cut, step, slot)
+    form = functools.partial(_weights, plan, refs, work, walk, wg, step, slot)
     scores = plgpu.ACC((64, t.block_q), jnp.float32)
     weights, ds = pl.run_scoped(form, scores, scores)
     if refs.dq_gmem is None:
@@ -385,7 +370,7 @@ def three_products(plan: Plan, refs: Refs, wg, step, slot, ds_slot, mine, weight
     pl.run_scoped(finish, plgpu.ACC(plan.dq_tile, jnp.float32))
 
 
-def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, cut, step, slot, s_acc, dp_acc):
+def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, step, slot, s_acc, dp_acc):
     """P^T and dS^T [64 keys, block_q] in the input dtype."""
     p, mine = plan.problem, pl.ds((wg + descriptors.zero_at(step, plan.interpret)) * 64, 64)
     tma.transposed_product(s_acc, refs.k_smem, 0, refs.q_smem, slot, rows=mine)
@@ -394,7 +379,7 @@ def _weights(plan: Plan, refs: Refs, work: Work, walk: Walk, wg, cut, step, slot
     plgpu.barrier_wait(refs.do_full.at[slot])
     running = tma.transposed_product(dp_acc, refs.v_smem, 0, refs.do_smem, slot, rows=mine)
     products = plgpu.wgmma_accumulator_load(s_acc, wait_n=running)
-    rows = KeyRows(work, walk, plan.block, wg * 64, *ahead, cut)
+    rows = KeyRows(work, walk, plan.block, wg * 64, *ahead)
     s, factor, slope = key_rows.scored(p, refs, rows, step, slot, products, plan.interpret)
     weights = jnp.exp2(s * factor - over_rows(lse2, s.shape))
     weights = dropping.of_columns(p, weights, dropping.read(refs, slot, masking.COLUMNS), rows.first, plan.interpret)

@@ -91,7 +91,6 @@ class Walk(NamedTuple):
     group: int
     blocks: int = 0  # this and the next are of a list: query blocks of a head
     visits: Visits | None = None
-    descending: bool = False  # of one query head: the last query block first
 
     def at(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Query head and query block of a step."""
@@ -99,7 +98,7 @@ class Walk(NamedTuple):
         if visit is not None:
             return visit[:2]
         if self.group == 1:
-            return self.first_head, self.rows.hi - 1 - step if self.descending else self.rows.lo + step
+            return self.first_head, self.rows.lo + step
         each = jnp.maximum(self.rows.hi - self.rows.lo, 1)
         return self.first_head + lax.div(step, each), self.rows.lo + lax.rem(step, each)
 
@@ -137,7 +136,6 @@ class KeyRows(NamedTuple):
     offset: Any
     visit: Any = None  # this and the next are of a step, read `ahead`
     bias: Any = None
-    cut: bool | None = None  # whether an edge of the mask cuts the step's tile, or None where the run tells
 
     @property
     def first(self):
@@ -199,9 +197,12 @@ def _hide(p: AttentionProblem, rows: KeyRows, step, s, interpret: _compat.Interp
     """-inf where an edge of the mask, or the end of the keys, cuts a tile of S^T."""
     size = rows.block
     ragged = p.Sk % size.kv != 0
-    if rows.cut is False or (p.left is None and p.right is None and not ragged):
+    if p.left is None and p.right is None and not ragged:
         return s
     _, block = rows.at(step)
+    cut = (block < rows.walk.rows.full_lo) | (block >= rows.walk.rows.full_hi)
+    if ragged:
+        cut = cut | (rows.work.block == p.Sk // size.kv)
 
     def hide(s):
         key = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=softmax.ROWS)
@@ -212,11 +213,6 @@ def _hide(p: AttentionProblem, rows: KeyRows, step, s, interpret: _compat.Interp
             high = jnp.where(key < p.Sk, high, -1)
         return masking.hide_columns(s, None if p.right is None else here - p.right, high, interpret)
 
-    if rows.cut:
-        return hide(s)
-    cut = (block < rows.walk.rows.full_lo) | (block >= rows.walk.rows.full_hi)
-    if ragged:
-        cut = cut | (rows.work.block == p.Sk // size.kv)
     return lax.cond(cut, hide, lambda s: s, s)
 
 
