@@ -71,7 +71,7 @@ FORWARD_WITH_BIAS = {  # docs/performance.md has what was measured
 
 
 BACKWARD = {
-    64: BackwardTile(block_q=128, split_rows=True, spill_bytes=104),  # 526 / 461, causal with the tile of the edge apart
+    64: BackwardTile(block_q=128, split_rows=True, spill_bytes=104),  # 526 / 461, that with the cut tile apart
     128: BackwardTile(block_q=64, spill_bytes=40),  # 568 / 553
     192: BackwardTile(block_q=64, block_kv=64, roles=True, dq_apart=True),  # 410 / 365 at B4 S4096
     256: BackwardTile(block_q=64, block_kv=64, roles=True, dq_apart=True, spill_bytes=52),  # 466 / 424
